@@ -1,0 +1,258 @@
+"""The measurements of the demo: isotile's backends and plain PyTorch on one model, each against the float64 truth."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+import isotile
+
+from . import decoder, encoder, torch_ops
+from .agreement import Agreement, max_ulps, min_cosine
+
+# A contender that is slow by design (an interpreter, an emulator) is timed for fewer rounds.
+_SECONDS_FOR_EACH_CONTENDER = 3.0
+_STEPS_BEFORE_TIMING = 3
+
+
+@dataclass
+class Row:
+    """What one contender did. `refusal` is its reason when it cannot run the model; then nothing else is set."""
+
+    contender: str  # a backend of isotile, or "PyTorch"
+    dtype: str
+    refusal: str = ""
+    agreements: list[Agreement] = field(default_factory=list)
+    error_ulps: float = math.nan
+    one_minus_cosine: float = math.nan
+    same_neighbours: int = 0
+    neighbours_hold: bool = True
+    milliseconds: float = math.nan
+    times_torch: float = math.nan  # its time over PyTorch's: the median of ratios taken side by side
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        return not self.refusal and self.neighbours_hold and all(a.holds for a in self.agreements)
+
+    def record(self) -> dict:
+        row = asdict(self) | {"agreements": [a.record() for a in self.agreements], "agrees": self.agrees}
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    _synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    _synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def _interleave(runs: dict[str, Callable[[], object]], first: dict[str, float], rounds: int, device, tick) -> dict:
+    """Seconds of each run in each round. Every round times all that still take part, and starts with another one."""
+    times = {name: [] for name in runs}
+    names = list(runs)
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            if r == 0 or (r + 1) * first[name] <= _SECONDS_FOR_EACH_CONTENDER:
+                times[name].append(_timed(runs[name], device)[0])
+            tick()
+    return times
+
+
+def _set_times(row: Row, times: list[float], torch_times: list[float]) -> None:
+    row.milliseconds = 1e3 * statistics.median(times)
+    # strict is off on purpose: a slow contender took part in the first rounds only.
+    row.times_torch = statistics.median(a / b for a, b in zip(times, torch_times, strict=False))
+
+
+# ---- The encoder
+
+
+@dataclass
+class EncoderResult:
+    rows: list[Row]
+    found: list[dict]  # for each query: what the float64 truth finds
+    tokens: int
+
+
+def encoder_ticks(contenders: int, rounds: int) -> int:
+    return 1 + contenders + rounds * contenders
+
+
+def compare_encoder(pretrained, sentences, queries, backends, dtypes, rounds, device, tick) -> EncoderResult:
+    """Embeds the sentences, searches them with the queries, in each dtype, with PyTorch and with each backend.
+
+    Args:
+        pretrained: an `encoder.Pretrained`.
+        sentences: list of (source, text).
+        queries: list of (expected source, text).
+        backends: names for `isotile.use_backend`.
+        dtypes: torch dtypes of weights and activations.
+        rounds: interleaved timings.
+        device: where PyTorch and isotile run; the truth is taken on the CPU.
+        tick: called `encoder_ticks` times for each dtype.
+    """
+    corpus_batches = encoder.make_batches(pretrained.tokenize([text for _, text in sentences]))
+    query_batches = encoder.make_batches(pretrained.tokenize([text for _, text in queries]))
+    here = [(rows, batch.to(device)) for rows, batch in corpus_batches]
+    here_queries = [(rows, batch.to(device)) for rows, batch in query_batches]
+    rows, found = [], []
+
+    def run(model, ops, corpus=here, asked=here_queries):
+        embedded = encoder.encode(model, corpus, ops)
+        with torch.inference_mode():
+            scores, probabilities = encoder.search(encoder.encode(model, asked, ops), embedded, ops)
+        return embedded, scores, probabilities
+
+    for dtype in dtypes:
+        model = copy.deepcopy(pretrained.model).to(dtype)
+        # The truth has the same, already rounded weights.
+        truth = run(copy.deepcopy(model).double(), torch_ops, corpus_batches, query_batches)
+        tick()
+        model = model.to(device)
+        runs = {"PyTorch": lambda model=model: encoder.encode(model, here, torch_ops)}
+        outputs = {"PyTorch": run(model, torch_ops)}
+        first = {"PyTorch": 0.0}
+        tick()
+        dtype_rows = {"PyTorch": Row("PyTorch", str(dtype).removeprefix("torch."))}
+        for name in backends:
+            row = dtype_rows[name] = Row(name, str(dtype).removeprefix("torch."))
+
+            def with_backend(run_model, name=name):
+                with isotile.use_backend(name):
+                    return run_model()
+
+            try:
+                first[name], outputs[name] = _timed(lambda: with_backend(lambda: run(model, isotile)), device)  # noqa: B023
+            except isotile.BackendError as refusal:
+                row.refusal = str(refusal)
+            else:
+                runs[name] = lambda model=model, with_backend=with_backend: with_backend(
+                    lambda: encoder.encode(model, here, isotile)
+                )
+            tick()
+
+        torch_figures = _figures(outputs["PyTorch"], truth, dtype)
+        for name, output in outputs.items():
+            row, figures = dtype_rows[name], _figures(output, truth, dtype)
+            row.error_ulps = figures["embeddings"]
+            row.one_minus_cosine = 1 - min_cosine(output[0], truth[0])
+            row.agreements = [Agreement(what, figures[what], torch_figures[what]) for what in figures]
+            limit = next(a.limit for a in row.agreements if a.what == "similarities")
+            row.same_neighbours, row.neighbours_hold = _neighbours(output[1], truth[1], limit, dtype)
+        times = _interleave(runs, first, rounds, device, tick)
+        for _ in range(rounds * (1 + len(backends) - len(runs))):
+            tick()
+        for name in runs:
+            _set_times(dtype_rows[name], times[name], times["PyTorch"])
+        rows.extend(dtype_rows.values())
+        if not found:
+            found = _found(truth, sentences, queries)
+    return EncoderResult(rows, found, sum(int(b.lengths.sum()) for _, b in corpus_batches))
+
+
+def _figures(output, truth, dtype) -> dict[str, float]:
+    what = ("embeddings", "similarities", "search probabilities")
+    return {w: max_ulps(o, t, dtype) for w, o, t in zip(what, output, truth, strict=True)}
+
+
+def _neighbours(scores, truth, limit_ulps, dtype) -> tuple[int, bool]:
+    """How many queries find the truth's nearest sentence, and whether each other one finds a sentence as near.
+
+    As near: two similarities, each within its limit of the truth, may change places.
+    """
+    found, best = scores.cpu().argmax(-1), truth.argmax(-1)
+    gap = truth.amax(-1) - truth.gather(-1, found[:, None])[:, 0]
+    slack = 2 * limit_ulps * torch.finfo(dtype).eps * truth.abs().amax(-1)
+    return int((found == best).sum()), bool((gap <= slack).all())
+
+
+def _found(truth, sentences, queries) -> list[dict]:
+    _, scores, probabilities = truth
+    found = []
+    for i, (expected, text) in enumerate(queries):
+        best = int(scores[i].argmax())
+        source, sentence = sentences[best]
+        found.append(
+            {
+                "query": text,
+                "expected": expected,
+                "source": source,
+                "sentence": sentence,
+                "cosine": scores[i, best].item(),
+                "probability": probabilities[i, best].item(),
+            }
+        )
+    return found
+
+
+# ---- The decoder
+
+
+@dataclass
+class DecoderResult:
+    rows: list[Row]
+    truth: list[float]
+    text: str  # what it was trained on
+    parameters: int
+
+
+def compare_decoder(text, text_name, backends, steps, device, tick, seed=0) -> DecoderResult:
+    """Trains the decoder `steps` steps in float32 with PyTorch and with each backend, and in float64 for the truth.
+
+    All start from the same weights and see the same bytes, one step of each in turn; `tick` is called at every step.
+    """
+
+    def trainer(ops, dtype=torch.float32, device=device):
+        return decoder.Trainer(text, ops, seed=seed, dtype=dtype, device=device)
+
+    truth = trainer(torch_ops, torch.float64, torch.device("cpu"))
+    rows = {name: Row(name, "float32") for name in ("PyTorch", *backends)}
+    trainers = {name: trainer(torch_ops if name == "PyTorch" else isotile) for name in rows}
+    times = {name: [] for name in rows}
+    truth_losses = []
+    for step in range(steps):
+        truth_losses.append(truth.step())
+        names = list(trainers)
+        for name in names[step % len(names) :] + names[: step % len(names)]:
+            try:
+                seconds, loss = _timed(lambda: _step(trainers[name], name), device)  # noqa: B023
+            except isotile.BackendError as refusal:
+                rows[name] = Row(name, "float32", refusal=str(refusal))
+                del trainers[name]
+                continue
+            rows[name].losses.append(loss)
+            if step >= min(_STEPS_BEFORE_TIMING, steps - 1):
+                times[name].append(seconds)
+        tick()
+    curve = torch.tensor(truth_losses, dtype=torch.float64)
+    errors = {name: _curve_ulps(rows[name].losses, curve) for name in trainers}
+    for name in trainers:
+        row = rows[name]
+        row.error_ulps = errors[name]
+        row.agreements = [Agreement("loss curve", errors[name], errors["PyTorch"], roundings=math.sqrt(steps))]
+        _set_times(row, times[name], times["PyTorch"])
+    parameters = sum(p.numel() for p in truth.model.parameters())
+    return DecoderResult(list(rows.values()), truth_losses, text_name, parameters)
+
+
+def _step(trainer, name) -> float:
+    if name == "PyTorch":
+        return trainer.step()
+    with isotile.use_backend(name):
+        return trainer.step()
+
+
+def _curve_ulps(losses, truth) -> float:
+    # One column: each step's loss is counted in units of its own size.
+    return max_ulps(torch.tensor(losses, dtype=torch.float64)[:, None], truth[:, None], torch.float32)

@@ -1,0 +1,121 @@
+"""The demo's results for a person at a terminal of 80 columns."""
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values) -> str:
+    low, high = min(values), max(values)
+    span = high - low or 1.0
+    return "".join(_BARS[min(len(_BARS) - 1, int((v - low) / span * len(_BARS)))] for v in values)
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in left:
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _verdict(row) -> str:
+    if row.contender == "PyTorch":
+        return ""
+    return "[green]agrees[/]" if row.agrees else "[bold red]DIFFERS[/]"
+
+
+def _time(row) -> tuple[str, str]:
+    ratio = "" if row.contender == "PyTorch" else f"{row.times_torch:.2f}"
+    return f"{row.milliseconds:.1f}", ratio
+
+
+def _limit(row) -> str:
+    return "" if row.contender == "PyTorch" else f"{row.agreements[0].limit:.1f}"
+
+
+def search_table(found) -> Table:
+    table = _table("What the search finds", ("query", "nearest sentence"), ("cosine",))
+    table.columns[0].ratio, table.columns[1].ratio = 1, 1
+    table.expand = True
+    for f in found:
+        table.add_row(Text(f["query"]), Text(f["sentence"]), f"{f['cosine']:.2f}")
+    return table
+
+
+def encoder_table(result, queries: int) -> Table:
+    table = _table(
+        "Distance of the embeddings from the float64 truth, and time",
+        ("dtype", "run by"),
+        ("ulp", "limit", "1-cos", "found", "ms", "/torch", ""),
+    )
+    dtype = None
+    for row in result.rows:
+        if row.refusal:
+            continue
+        if dtype not in (None, row.dtype):
+            table.add_section()
+        dtype = row.dtype
+        table.add_row(
+            row.dtype,
+            row.contender,
+            f"{row.error_ulps:.1f}",
+            _limit(row),
+            f"{max(row.one_minus_cosine, 0.0):.0e}",
+            f"{row.same_neighbours}/{queries}",
+            *_time(row),
+            _verdict(row),
+        )
+    return table
+
+
+def decoder_table(result) -> Table:
+    table = _table(
+        "Distance of the loss curve from the float64 truth, and time of a step",
+        ("run by",),
+        ("last loss", "|difference|", "ulp", "limit", "ms", "/torch", ""),
+    )
+    for row in result.rows:
+        if row.refusal:
+            continue
+        difference = max(abs(a - b) for a, b in zip(row.losses, result.truth, strict=True))
+        table.add_row(
+            row.contender,
+            f"{row.losses[-1]:.6f}",
+            f"{difference:.1e}",
+            f"{row.error_ulps:.1f}",
+            _limit(row),
+            *_time(row),
+            _verdict(row),
+        )
+    return table
+
+
+def curves(result) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, losses in (("float64 truth", result.truth), *((r.contender, r.losses) for r in result.rows if r.losses)):
+        # At most 48 bars, so that a line fits.
+        bars = losses[:: -(-len(losses) // 48)]
+        table.add_row(name, sparkline(bars), f"{losses[0]:.3f} to {losses[-1]:.3f}")
+    return table
+
+
+def losses_table(result, every: int) -> Table:
+    """The curves side by side at every `every`-th step: PyTorch's loss, and each backend's difference from it."""
+    rows = [r for r in result.rows if not r.refusal]
+    torch_row = next(r for r in rows if r.contender == "PyTorch")
+    others = [r for r in rows if r is not torch_row]
+    table = _table(
+        "Loss at some steps, and each backend's difference from PyTorch",
+        (),
+        ("step", "PyTorch", *(r.contender for r in others)),
+    )
+    steps = sorted({*range(0, len(torch_row.losses), every), len(torch_row.losses) - 1})
+    for s in steps:
+        table.add_row(
+            str(s), f"{torch_row.losses[s]:.6f}", *(f"{r.losses[s] - torch_row.losses[s]:+.1e}" for r in others)
+        )
+    return table
