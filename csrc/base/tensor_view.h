@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "base/inline.h"
+
 namespace isotile {
 
 // The order is part of the binding: python/isotile/backends/cpu.py sends these codes.
@@ -26,8 +28,8 @@ struct TensorView {
   int64_t size[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};  // in elements; 0 where broadcast, never negative
 
-  bool present() const { return ndim >= 0; }
-  int64_t numel() const {
+  ISOTILE_INLINE bool present() const { return ndim >= 0; }
+  ISOTILE_INLINE int64_t numel() const {
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= size[i];
     return n;
