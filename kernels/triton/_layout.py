@@ -1,0 +1,100 @@
+"""Host side of the kernels: merging loop dimensions, checks that all kernels share, and where they will run."""
+
+import torch
+import triton
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_LOOPS = 3
+MAX_GRID = 2**31 - 1
+
+
+def product(sizes):
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def next_power(n, least=1):
+    return max(least, triton.next_power_of_2(max(n, 1)))
+
+
+def architecture():
+    """What the active driver compiles for: ("cuda", 90), ("hip", "gfx942") or ("interpreter", 0)."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter", 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.arch
+
+
+def merge_loops(sizes, strides):
+    """Merges loop dimensions that every tensor walks evenly; drops those of size 1.
+
+    Args:
+        sizes: the common loop sizes.
+        strides: for each tensor its strides over them.
+    Returns:
+        (sizes, strides of each tensor), with as few dimensions as possible.
+    """
+    kept, kept_strides = [], [[] for _ in strides]
+    for d, size in enumerate(sizes):
+        if size == 1:
+            continue
+        steps = [s[d] for s in strides]
+        if kept and all(outer[-1] == step * size for outer, step in zip(kept_strides, steps)):
+            kept[-1] *= size
+            for outer, step in zip(kept_strides, steps):
+                outer[-1] = step
+        else:
+            kept.append(size)
+            for outer, step in zip(kept_strides, steps):
+                outer.append(step)
+    return tuple(kept), [tuple(s) for s in kept_strides]
+
+
+def loops(views, core):
+    """Loop sizes and each view's strides, padded in front to MAX_LOOPS. `core`: number of core dims of each view.
+
+    Absent views give zero strides. Raises if more than MAX_LOOPS remain; `refuse_loops` tells beforehand.
+    """
+    present = [(v, c) for v, c in zip(views, core) if v is not None]
+    sizes = present[0][0].shape[: len(present[0][0].shape) - present[0][1]]
+    merged, strides = merge_loops(sizes, [v.strides[: len(sizes)] for v, _ in present])
+    if len(merged) > MAX_LOOPS:
+        raise ValueError(f"{len(merged)} loop dimensions, at most {MAX_LOOPS}")
+    pad = MAX_LOOPS - len(merged)
+    padded = iter([(0,) * pad + s for s in strides])
+    return (1,) * pad + merged, [next(padded) if v is not None else (0,) * MAX_LOOPS for v in views]
+
+
+def refuse_loops(views, core):
+    present = [(v, c) for v, c in zip(views, core) if v is not None]
+    sizes = present[0][0].shape[: len(present[0][0].shape) - present[0][1]]
+    if 0 in sizes:
+        return None
+    merged, _ = merge_loops(sizes, [v.strides[: len(sizes)] for v, _ in present])
+    if len(merged) > MAX_LOOPS:
+        return f"{len(merged)} leading dimensions remain after merging, the kernel walks at most {MAX_LOOPS}"
+    return None
+
+
+def refuse_dtypes(floats, **others):
+    for name, view in floats.items():
+        if view is not None and view.dtype not in FLOATS:
+            return f"{name} is {str(view.dtype).removeprefix('torch.')}; Triton kernels take float32, bfloat16, float16"
+    return None
+
+
+def wide(*spans):
+    """True if offsets inside one row or tile can exceed 32 bits. `spans`: (size, stride) pairs."""
+    return any((size - 1) * abs(stride) >= 2**31 - 2**20 for size, stride in spans if size > 0)
+
+
+def override(default, config):
+    """The default configuration with the caller's numbers in place."""
+    if not config:
+        return default
+    unknown = set(config) - set(default)
+    if unknown:
+        raise ValueError(f"unknown configuration keys {sorted(unknown)}; known are {sorted(default)}")
+    return {**default, **config}

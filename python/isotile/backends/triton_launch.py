@@ -1,0 +1,278 @@
+"""The launcher that replays the launch records of Triton kernels.
+
+A kernel file's `prepare` describes its work once per signature as `Launch`es (kernels/triton/_launch.py) whose arguments
+are `View`s (operands) and `Scratch` (temporary memory) where the kernel takes pointers. `Replay` binds such a list to positions in the
+operator's tensor list; what remains per call is: allocate scratch, take the pointers, check their alignment, and call
+the compiled kernel's own launcher. Triton's `kernel[grid](...)` instead binds and specialises every argument each time,
+which costs more host time than PyTorch's whole operator.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What `prepare` may know of a tensor. Any object with these attributes serves."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, tensor):
+        return None if tensor is None else cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def numel(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def _role(arg):
+    """"scratch" or "descriptor" for those records of kernels/triton/_launch.py, else None."""
+    return getattr(type(arg), "role", None)
+
+
+def run_plain(launches, tensors):
+    """Runs launches the ordinary way, `tensors` mapping `id(view)` to its tensor. For the interpreter and as truth."""
+    memory = {}
+
+    def resolve(arg):
+        if id(arg) in tensors:
+            return tensors[id(arg)]
+        if _role(arg) == "scratch":
+            if id(arg) not in memory:
+                memory[id(arg)] = torch.empty(arg.shape, dtype=arg.dtype, device=_device(tensors))
+            return memory[id(arg)]
+        if _role(arg) == "descriptor":
+            return _host_descriptor(arg, resolve(arg.base))
+        return arg
+
+    for launch in launches:
+        launch.kernel[launch.grid](*[resolve(arg) for arg in launch.args], **launch.meta)
+
+
+def _device(tensors):
+    return next(iter(tensors.values())).device
+
+
+def _host_descriptor(descriptor, base):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(base, list(descriptor.shape), list(descriptor.strides), list(descriptor.block))
+
+
+class Replay:
+    """A list of launches bound to an operator's tensors, to be run many times.
+
+    `views` are the objects that `prepare` saw, in the order in which `run` gets the tensors (absent ones None).
+    """
+
+    def __init__(self, launches, views, device):
+        self.device = torch.device(device)
+        index = {id(view): i for i, view in enumerate(views) if view is not None}
+        self.scratch, scratch_index = [], {}
+
+        def slot(arg):
+            if id(arg) in index:
+                return index[id(arg)]
+            if _role(arg) == "scratch":
+                if id(arg) not in scratch_index:
+                    scratch_index[id(arg)] = len(views) + len(self.scratch)
+                    self.scratch.append((tuple(arg.shape), arg.dtype))
+                return scratch_index[id(arg)]
+            return None
+
+        self.steps = []
+        for launch in launches:
+            pointers, descriptors = [], []
+            for position, arg in enumerate(launch.args):
+                if _role(arg) == "descriptor":
+                    descriptors.append((position, slot(arg.base), arg))
+                elif (i := slot(arg)) is not None:
+                    pointers.append((position, i))
+            self.steps.append(_Step(launch, pointers, descriptors))
+
+    def run(self, tensors):
+        """Runs on the current stream. `tensors` in the order of `views`."""
+        if self.scratch:
+            tensors = [*tensors, *(torch.empty(s, dtype=d, device=self.device) for s, d in self.scratch)]
+        for step in self.steps:
+            step.run(tensors)
+
+
+class _Step:
+    """One launch. Compiled kernels are kept by pointer alignment, since Triton specialises on it."""
+
+    __slots__ = ("launch", "grid", "pointers", "descriptors", "template", "compiled")
+
+    def __init__(self, launch, pointers, descriptors):
+        self.launch, self.pointers, self.descriptors = launch, pointers, descriptors
+        self.grid = (*launch.grid, 1, 1)[:3]
+        self.template = list(launch.args)
+        self.compiled = {}
+
+    def run(self, tensors):
+        args = self.template.copy()
+        aligned = 0
+        for position, i in self.pointers:
+            pointer = tensors[i].data_ptr()
+            aligned = aligned + aligned + (pointer & 15 == 0)
+            args[position] = pointer
+        if self.descriptors:
+            for position, i, descriptor in self.descriptors:
+                args[position] = _host_descriptor(descriptor, tensors[i])
+        call = self.compiled.get(aligned)
+        if call is None:
+            call = self.compiled[aligned] = self.first(tensors)
+            if call is not _slow:
+                return
+        if call is _slow or _hooks_wanted():
+            self.plain(tensors)
+        else:
+            call(self.grid, args)
+
+    def plain(self, tensors):
+        args = list(self.template)
+        for position, i in self.pointers:
+            args[position] = tensors[i]
+        for position, i, descriptor in self.descriptors:
+            args[position] = _host_descriptor(descriptor, tensors[i])
+        return self.launch.kernel[self.launch.grid](*args, **self.launch.meta)
+
+    def first(self, tensors):
+        """Launches through Triton's own path, which compiles, and makes the short path from what that returned."""
+        if fast_launch_supported() is not None:
+            return _slow
+        compiled = self.plain(tensors)
+        return fast_launcher(compiled, self.launch, len(self.template))
+
+
+def _slow(grid, args):
+    raise AssertionError("the slow path has no launcher of its own")
+
+
+_version_reason: list = []
+
+
+def fast_launch_supported() -> str | None:
+    """Why compiled kernels cannot be launched directly here, or None. Decided once per process."""
+    if not _version_reason:
+        import triton
+
+        version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+        if triton.knobs.runtime.interpret:
+            reason = "Triton's interpreter has no compiled kernels"
+        elif not (3, 6) <= version <= (3, 9):
+            reason = f"triton {triton.__version__} is outside the tested range 3.6 to 3.9"
+        else:
+            reason = None
+        _version_reason.append(reason)
+    return _version_reason[0]
+
+
+def _hooks_wanted():
+    """Profilers set launch hooks; then Triton's own path, which calls them, must run."""
+    from triton import knobs
+
+    hook = knobs.runtime.launch_enter_hook
+    # 3.9 keeps a chain object there, empty when nobody asked
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def fast_launcher(compiled, launch, n_args):
+    """A function (grid, args) -> None that launches `compiled` on the current stream.
+
+    The launcher takes every parameter of the kernel in declaration order, constants included (it skips them).
+    """
+    from triton.runtime import driver
+
+    names = launch.kernel.arg_names
+    missing = names[n_args:]
+    constants = [_constant(launch, name) for name in missing]
+    active = driver.active
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    current_device, current_stream = active.get_current_device, active.get_current_stream
+
+    def call(grid, args):
+        stream = current_stream(current_device())
+        run(grid[0], grid[1], grid[2], stream, function, packed, None, None, None, *args, *constants)
+
+    return call
+
+
+def _constant(launch, name):
+    if name in launch.meta:
+        return launch.meta[name]
+    parameter = launch.kernel.signature.parameters[name]
+    if parameter.default is parameter.empty:
+        raise TypeError(f"{launch.kernel.__name__}: no value for {name}")
+    return parameter.default
+
+
+class OfflineDriver:
+    """Stands in for a GPU so that kernels can be compiled, and only compiled, on a machine without one.
+
+    `triton.runtime.driver.set_active(OfflineDriver("cuda", 90))`, then `kernel.warmup(dtype, ..., grid=(1,))`: the
+    ordinary specialisation path runs, which `triton.compile(ASTSource(...))` skips.
+    """
+
+    def __init__(self, kind: str, arch):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(kind, arch, 64 if kind == "hip" and str(arch).startswith("gfx9") else 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def set_current_device(self, device):
+        if device != 0:
+            raise ValueError("the offline driver has one device, 0")
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, type_name):
+        return type_name
+
+
+def compile_launch(launch):
+    """Compiles one launch under the active driver, as if every pointer were 16-byte aligned. Returns the kernel."""
+
+    class _Typed:
+        """Enough of a tensor for specialisation: Triton asks for dtype and data_ptr."""
+
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+        def data_ptr(self):
+            return 0
+
+        @staticmethod
+        def ptr_range():
+            return 0
+
+    def stand_in(arg):
+        if _role(arg) == "descriptor":
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            meta = torch.empty(1, dtype=arg.base.dtype, device="meta")
+            return TensorDescriptor(meta, list(arg.shape), list(arg.strides), list(arg.block))
+        if hasattr(arg, "strides") and hasattr(arg, "dtype"):
+            return _Typed(arg.dtype)
+        return arg
+
+    return launch.kernel.warmup(*[stand_in(arg) for arg in launch.args], grid=launch.grid, **launch.meta)
