@@ -175,37 +175,53 @@ inline void run_task(const Gemm& g, int64_t p0, int64_t p1, int64_t n0, int64_t 
   const int64_t y_step = g.out.y.rows.step();
   const bool keep = chunks > 1 && !(in_place && width == n1 - n0);
 
-  Scratch<Packed> b_packed(width * most_steps);
+  Scratch<Packed> b_packed(2 * kWidth * most_steps);
   Scratch<Packed> a_packed(shared_a == nullptr ? rows * most_steps : 0);
   Scratch<Acc> sums(keep ? rows * width : kTileRows * kWidth);
 
-  const SrcB* b = static_cast<const SrcB*>(g.b) + g.b_offset + n0 * g.b_n;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t k0 = chunk * Kind::kChunk, kc = least(g.k - k0, Kind::kChunk), steps = Kind::steps(kc);
-    const bool last = chunk + 1 == chunks;
-    if (shared_a == nullptr) {
-      for (int64_t p = p0; p < p1; ++p)
-        pack_a_panel<Kind, SrcA>(g, p, k0, kc, a_packed.data() + (panel_row(g.m, p) - m0) * steps);
-    }
-    const Packed* a = shared_a == nullptr ? a_packed.data() : shared_a + g.m * Kind::steps(k0) + m0 * steps;
-    for (int64_t j = 0; j < n1 - n0; j += kWidth) {
-      const int64_t cols = least(n1 - n0 - j, kWidth), panel_width = least(width - j, kWidth);
-      Packed* b_panel = b_packed.data() + j * steps;
-      pack_columns<Kind>(b_panel, b + k0 * g.b_k + j * g.b_n, g.b_k, g.b_n, kc, cols, panel_width);
-      Prefetch prefetch;
-      for (int64_t p = p0; p < p1; ++p) {
-        const int64_t row = panel_row(g.m, p), h = panel_row(g.m, p + 1) - row;
-        const Packed* a_panel = a + (row - m0) * steps;
-        const TileFunction<Kind> tile = tile_function<Kind>(h, panel_width);
-        if (in_place && cols == panel_width) {
-          Acc* y = static_cast<Acc*>(g.out.y.data) + g.out.y.offset + row * y_step + n0 + j;
-          tile(steps, a_panel, b_panel, y, y_step, chunk > 0, &prefetch);
-          continue;
-        }
-        Acc* c = keep ? sums.data() + j * rows + (row - m0) * panel_width : sums.data();
-        tile(steps, a_panel, b_panel, c, panel_width, chunk > 0, &prefetch);
-        if (last) finish(g.out, c, panel_width, row, h, n0 + j, cols);
+  // All panels of b, chunk after chunk. While one is multiplied, the next is fetched and packed part by part.
+  const int64_t across = ceil_div(n1 - n0, kWidth), total = across * chunks, panels = p1 - p0;
+  using Panel = ColumnPanel<Kind, SrcB>;
+  const SrcB* b = static_cast<const SrcB*>(g.b) + g.b_offset;
+  const auto panel_at = [&](int64_t index) {
+    const int64_t k0 = index / across * Kind::kChunk, j = index % across * kWidth;
+    const int64_t cols = least(n1 - n0 - j, kWidth);
+    return Panel{b + k0 * g.b_k + (n0 + j) * g.b_n, g.b_k, g.b_n, least(g.k - k0, Kind::kChunk), cols,
+                 ceil_div(cols, Kind::kLanes) * Kind::kLanes};
+  };
+  Panel next = panel_at(0);
+  next.pack(b_packed.data(), 0, Panel::kParts);
+  const Packed* a = nullptr;
+  for (int64_t index = 0; index < total; ++index) {
+    const Panel panel = next;
+    const int64_t k0 = index / across * Kind::kChunk, j = index % across * kWidth, steps = Kind::steps(panel.kc);
+    const Packed* b_panel = b_packed.data() + index % 2 * kWidth * most_steps;
+    Packed* b_next = b_packed.data() + (index + 1) % 2 * kWidth * most_steps;
+    const bool more = index + 1 < total, last = k0 + Kind::kChunk >= g.k;
+    if (more) next = panel_at(index + 1);
+    if (j == 0) {
+      if (shared_a == nullptr) {
+        for (int64_t p = p0; p < p1; ++p)
+          pack_a_panel<Kind, SrcA>(g, p, k0, panel.kc, a_packed.data() + (panel_row(g.m, p) - m0) * steps);
       }
+      a = shared_a == nullptr ? a_packed.data() : shared_a + g.m * Kind::steps(k0) + m0 * steps;
+    }
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t row = panel_row(g.m, p), h = panel_row(g.m, p + 1) - row;
+      const int64_t part = (p - p0) * Panel::kParts / panels, part_end = (p - p0 + 1) * Panel::kParts / panels;
+      Prefetch prefetch;
+      if (more && part_end > part) prefetch = next.prefetch(part, part_end, steps / 4);
+      const Packed* a_panel = a + (row - m0) * steps;
+      const TileFunction<Kind> tile = tile_function<Kind>(h, panel.width);
+      if (in_place && panel.cols == panel.width) {
+        Acc* y = static_cast<Acc*>(g.out.y.data) + g.out.y.offset + row * y_step + n0 + j;
+        tile(steps, a_panel, b_panel, y, y_step, k0 > 0, &prefetch);
+      } else {
+        Acc* c = keep ? sums.data() + j * rows + (row - m0) * panel.width : sums.data();
+        tile(steps, a_panel, b_panel, c, panel.width, k0 > 0, &prefetch);
+        if (last) finish(g.out, c, panel.width, row, h, n0 + j, panel.cols);
+      }
+      if (more && part_end > part) next.pack(b_next, part, part_end);
     }
   }
 }
