@@ -93,9 +93,9 @@ def test_norm_backward_matches_float64(op, dtype, shape, how):
 def test_softmax_matches_float64(dtype, shape, how):
     x = strided(shape, dtype, how) * 4
     if x.numel() > 4:
-        x[..., 0, : shape[-1] // 2] = -float("inf")
+        x[..., -1, :] = -float("inf")
         x[..., 1, 0] = float("nan")
-        x[..., 2, :] = -float("inf")
+        x[..., 0, : shape[-1] // 2] = -float("inf")
     y = poisoned(shape, torch.float32)
     run("softmax", {"x": x}, {"y": y})
     want = x.double().softmax(-1)
