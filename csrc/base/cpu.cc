@@ -1,5 +1,7 @@
 #include "base/cpu.h"
 
+#include <unistd.h>
+
 #include <cstring>
 
 namespace isotile {
@@ -21,7 +23,31 @@ bool runs_avx512_bf16() {
 }
 #endif
 
+int64_t cache_bytes(int name, int64_t usual) {
+  const long bytes = name >= 0 ? sysconf(name) : -1;
+  return bytes > 0 ? bytes : usual;
+}
+
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+constexpr int kL1Name = _SC_LEVEL1_DCACHE_SIZE, kL2Name = _SC_LEVEL2_CACHE_SIZE, kL3Name = _SC_LEVEL3_CACHE_SIZE;
+#else
+constexpr int kL1Name = -1, kL2Name = -1, kL3Name = -1;
+#endif
+
 }  // namespace
+
+int64_t l1_cache_bytes() {
+  static const int64_t bytes = cache_bytes(kL1Name, 32 << 10);
+  return bytes;
+}
+int64_t l2_cache_bytes() {
+  static const int64_t bytes = cache_bytes(kL2Name, 1 << 20);
+  return bytes;
+}
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = cache_bytes(kL3Name, 32 << 20);
+  return bytes;
+}
 
 bool cpu_runs(const char* set) {
   if (std::strcmp(set, "scalar") == 0) return true;

@@ -1,8 +1,14 @@
-// Which instruction sets this CPU and its operating system run.
+// What this machine's CPU is like.
 #pragma once
+#include <cstdint>
 
 namespace isotile {
 
-bool cpu_runs(const char* instruction_set);
+bool cpu_runs(const char* instruction_set);  // and its operating system
+
+// Of the data caches, as the operating system tells; a usual size where it does not.
+int64_t l1_cache_bytes();
+int64_t l2_cache_bytes();
+int64_t last_level_cache_bytes();
 
 }  // namespace isotile

@@ -1,5 +1,6 @@
 // What the kernels over the last dimension share: walking the rows of [B.., n], and taking a row in and out.
 #pragma once
+#include "base/cpu.h"
 #include "base/dtype.h"
 #include "base/inline.h"
 #include "base/parallel.h"
@@ -68,6 +69,131 @@ struct RowWalker {
 template <class T>
 ISOTILE_INLINE T* data_of(const TensorView& view) {
   return static_cast<T*>(view.data);
+}
+
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::kFloat32;
+};
+template <>
+struct DTypeOf<BFloat16> {
+  static constexpr DType value = DType::kBFloat16;
+};
+template <>
+struct DTypeOf<Float16> {
+  static constexpr DType value = DType::kFloat16;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::kFloat64;
+};
+
+// An absent tensor, or one of type T whose last dimension is contiguous.
+template <class T>
+ISOTILE_INLINE bool plain(const TensorView& view) {
+  if (!view.present()) return true;
+  return view.dtype == DTypeOf<T>::value && (row_stride(view) == 1 || row_length(view) <= 1);
+}
+
+// to[i] = the i-th element of the row that starts `offset` elements into the tensor, for any dtype and stride.
+template <class A>
+void load_row(const TensorView& view, int64_t offset, int64_t n, A* to) {
+  const int64_t stride = row_stride(view);
+  dispatch_float(view.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using V = Vec<A>;
+    const T* from = data_of<T>(view) + offset;
+    for (int64_t i = 0; i < n; i += V::kLanes) {
+      const V v = stride == 1 ? V::load(from + i, n - i) : V::load_strided(from + i * stride, stride, n - i);
+      v.store(to + i, n - i);
+    }
+  });
+}
+template <class A>
+void store_row(const TensorView& view, int64_t offset, int64_t n, const A* from) {
+  const int64_t stride = row_stride(view);
+  dispatch_float(view.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using V = Vec<A>;
+    T* to = data_of<T>(view) + offset;
+    for (int64_t i = 0; i < n; i += V::kLanes) {
+      const V v = V::load(from + i, n - i);
+      if (stride == 1) {
+        v.store(to + i, n - i);
+      } else {
+        v.store_strided(to + i * stride, stride, n - i);
+      }
+    }
+  });
+}
+
+// A [n] parameter as contiguous accumulators, converted once for a call; absent: filled with `otherwise`.
+template <class A>
+class Parameter {
+ public:
+  ISOTILE_INLINE Parameter(const TensorView& view, int64_t n, double offset, double otherwise)
+      : own_(direct(view, offset) ? 0 : n), data_(own_.data()) {
+    if (direct(view, offset)) {
+      data_ = data_of<A>(view);
+      return;
+    }
+    if (view.present()) load_row(view, 0, n, own_.data());
+    for (int64_t i = 0; i < n; ++i) own_[i] = view.present() ? own_[i] + static_cast<A>(offset) : static_cast<A>(otherwise);
+  }
+  ISOTILE_INLINE const A* data() const { return data_; }
+
+ private:
+  static ISOTILE_INLINE bool direct(const TensorView& view, double offset) {
+    return view.present() && plain<A>(view) && offset == 0;
+  }
+  Scratch<A> own_;
+  const A* data_;
+};
+
+// f(v, sums) adds one vector's terms to kSums accumulators; out[k] is their total over the row. Four accumulators take
+// turns, and every kChunk elements go to a double, so that the error does not grow with n. The order is a function of
+// n alone.
+template <int kSums, class T, class F>
+ISOTILE_INLINE void row_reduce(const T* p, int64_t n, double (&out)[kSums], const F& f) {
+  using V = Vec<Accumulator<T>>;
+  constexpr int64_t kLanes = V::kLanes;
+  constexpr int64_t kChunk = 4096;
+  for (int k = 0; k < kSums; ++k) out[k] = 0;
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t end = n - begin < kChunk ? n : begin + kChunk;
+    V sums[4][kSums];
+    for (int u = 0; u < 4; ++u) {
+      for (int k = 0; k < kSums; ++k) sums[u][k] = V::zero();
+    }
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      f(V::load(p + i), sums[0]);
+      f(V::load(p + i + kLanes), sums[1]);
+      f(V::load(p + i + 2 * kLanes), sums[2]);
+      f(V::load(p + i + 3 * kLanes), sums[3]);
+    }
+    for (; i + kLanes <= end; i += kLanes) f(V::load(p + i), sums[0]);
+    if (i < end) {
+      V with_tail[kSums];
+      for (int k = 0; k < kSums; ++k) with_tail[k] = sums[1][k];
+      f(V::load(p + i, end - i), with_tail);
+      for (int k = 0; k < kSums; ++k) sums[1][k] = select(V::Mask::first(end - i), with_tail[k], sums[1][k]);
+    }
+    for (int k = 0; k < kSums; ++k) {
+      out[k] += static_cast<double>(reduce_add((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])));
+    }
+  }
+}
+
+// Outputs that will not stay in the caches anyway are written past them: no read for ownership.
+ISOTILE_INLINE bool worth_streaming(const TensorView& view) {
+  return view.present() && view.numel() * item_size(view.dtype) > last_level_cache_bytes() / 2;
+}
+template <class T>
+ISOTILE_INLINE bool aligned_for_stream(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (Vec<Accumulator<T>>::kLanes * sizeof(T)) == 0;
 }
 
 }  // namespace ISOTILE_ISA
