@@ -14,7 +14,7 @@ import isotile
 from . import decoder, encoder, torch_ops
 from .agreement import Agreement, max_ulps, min_cosine
 
-# A contender that is slow by design (an interpreter, an emulator) is timed for fewer rounds.
+# A contender that is slow by design (an interpreter, an emulator), or on a busy machine, is timed for fewer rounds.
 _SECONDS_FOR_EACH_CONTENDER = 3.0
 _STEPS_BEFORE_TIMING = 3
 
@@ -121,8 +121,8 @@ def compare_encoder(pretrained, sentences, queries, backends, dtypes, rounds, de
         tick()
         model = model.to(device)
         runs = {"PyTorch": lambda model=model: encoder.encode(model, here, torch_ops)}
-        outputs = {"PyTorch": run(model, torch_ops)}
-        first = {"PyTorch": 0.0}
+        outputs, first = {}, {}
+        first["PyTorch"], outputs["PyTorch"] = _timed(lambda: run(model, torch_ops), device)  # noqa: B023
         tick()
         dtype_rows = {"PyTorch": Row("PyTorch", str(dtype).removeprefix("torch."))}
         for name in backends:

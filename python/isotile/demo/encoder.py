@@ -197,12 +197,9 @@ def tiny_model(why: str) -> Pretrained:
         max_tokens=256,
         layer_norm_eps=1e-12,
     )
-    model = Encoder(config)
-    generator = torch.Generator().manual_seed(20)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20)
+        model = Encoder(config)
     return Pretrained(
         "tiny seeded encoder",
         model.eval().requires_grad_(False),
