@@ -1,5 +1,6 @@
 """The README's Python blocks run as they stand, top to bottom; its links lead somewhere."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -43,3 +44,21 @@ def test_links_lead_to_files_and_headings(page):
             assert target[1:] in headings, f"{page} has no heading {target}"
         elif not target.startswith(("http://", "https://")):
             assert (ROOT / page).parent.joinpath(target.split("#")[0]).exists(), f"{page} links to {target}"
+
+
+def test_contributing_shows_a_whole_operator():
+    from isotile import precision
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1]
+    namespace = {"__name__": "isotile.ops.swiglu", "__package__": "isotile.ops"}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), namespace)
+    spec = dataclasses.replace(namespace["SPEC"], name="swiglu")
+    assert spec.schema("default") == "swiglu(Tensor gate, Tensor up) -> Tensor"
+    gate, up = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0)).unbind()
+    result = spec.reference(gate, up)["y"]
+    with precision.exact():
+        truth = spec.reference(gate, up)
+    accumulated, _ = spec.error.terms(None, truth, None)["y"]
+    unit = torch.finfo(torch.float32).eps / 2
+    assert ((result - truth["y"]).abs() <= unit * (accumulated + 2 * truth["y"].abs())).all()
