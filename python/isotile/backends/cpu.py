@@ -1,0 +1,119 @@
+"""C++ SIMD kernels for CPUs: one instruction set of `isotile._C`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import env
+
+if TYPE_CHECKING:
+    from ..dispatch import Request
+    from ..shapes import View
+
+#: codes of csrc/base/tensor_view.h
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.bool: 4,
+    torch.int32: 5,
+    torch.int64: 6,
+    torch.int8: 7,
+    torch.uint8: 8,
+}
+
+
+@functools.cache
+def extension() -> tuple[Any, str | None]:
+    """The extension module with PyTorch's thread pool handed over, or the reason why there is none."""
+    try:
+        from isotile import _C
+    except ImportError as error:
+        return None, f"the extension module isotile._C does not load ({error}); reinstall isotile with a C++ compiler"
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        addresses = [
+            ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+            for name in ("torch_parallel_for", "torch_get_num_threads")
+        ]
+    except (OSError, AttributeError) as error:
+        return None, f"PyTorch's thread pool is out of reach ({error}); install torch>=2.11"
+    _C.set_parallel(*addresses)
+    return _C, None
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The instruction set in use: `ISOTILE_CPU_ISA`, or the best that this CPU runs."""
+    module, reason = extension()
+    if module is None:
+        raise RuntimeError(reason)
+    runs = [name for name, supported in module.instruction_sets() if supported]
+    asked = env.instruction_set()
+    if asked is None:
+        return runs[-1]
+    if asked not in runs:
+        raise ValueError(f"ISOTILE_CPU_ISA: wanted one of {', '.join(runs)}, got {asked!r}")
+    return asked
+
+
+class CpuBackend:
+    name = "cpu"
+
+    def serves(self, device_type: str) -> bool:
+        return device_type == "cpu"
+
+    def unavailable(self, device_type: str) -> str | None:
+        if device_type != "cpu":
+            return f"runs on cpu tensors, got {device_type}"
+        return extension()[1]
+
+    def refuses(self, request: Request) -> str | None:
+        module, _ = extension()
+        if request.lowered.kernel not in module.operators():
+            return f"has no kernel {request.lowered.kernel!r}"
+        for view in (*request.lowered.tensors.values(), *request.lowered.outs.values()):
+            if view is not None and view.dtype not in DTYPES:
+                return f"does not know dtype {view.dtype}"
+            if view is not None and view.ndim > module.max_dims:
+                return f"takes at most {module.max_dims} dimensions that do not merge, got {view.ndim}"
+        return None
+
+    def prepare(self, request: Request) -> Callable[..., None]:
+        module, _ = extension()
+        lowered = request.lowered
+        slots = [*lowered.tensors.values(), *lowered.outs.values()]
+        plan = module.plan(
+            instruction_set(), lowered.kernel, [_describe(v) for v in slots], list(lowered.scalars.values())
+        )
+        names = (*request.spec.tensors, *request.spec.results)
+        order = [None if v is None else names.index(v.source) for v in slots]
+        if all(i is None or i == position for position, i in enumerate(order)) and len(order) == len(names):
+            return plan
+
+        def run(*tensors: torch.Tensor | None) -> None:
+            plan(*[None if i is None else tensors[i] for i in order])
+
+        return run
+
+    def info(self) -> dict[str, Any]:
+        module, reason = extension()
+        if module is None:
+            return {"reason": reason}
+        return {
+            "instruction_set": instruction_set(),
+            "instruction_sets": [name for name, supported in module.instruction_sets() if supported],
+            "threads": torch.get_num_threads(),
+        }
+
+
+def _describe(view: View | None) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+    return None if view is None else (DTYPES[view.dtype], view.shape, view.strides)

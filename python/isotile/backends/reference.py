@@ -1,0 +1,45 @@
+"""Plain PyTorch: the specs' own reference functions, on any device. The last resort, and the meaning of every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..dispatch import Request
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def serves(self, device_type: str) -> bool:
+        return True
+
+    def unavailable(self, device_type: str) -> str | None:
+        return None
+
+    def refuses(self, request: Request) -> str | None:
+        if request.state.batch_invariant:
+            return "PyTorch's own kernels promise no batch invariance"
+        return None
+
+    def prepare(self, request: Request) -> Callable[..., None]:
+        spec = request.spec
+        scalars = request.scalars
+        names = tuple(spec.tensors)
+        results = tuple(spec.results)
+
+        def run(*tensors: torch.Tensor | None) -> None:
+            arguments = dict(zip(names, tensors[: len(names)], strict=True))
+            with torch.no_grad():
+                values = spec.reference(**arguments, **scalars)
+                for name, out in zip(results, tensors[len(names) :], strict=True):
+                    if out is not None:
+                        out.copy_(values[name])
+
+        return run
+
+    def info(self) -> dict[str, Any]:
+        return {"torch": torch.__version__}
