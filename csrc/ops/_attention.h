@@ -4,8 +4,8 @@
 // Rows. All query heads of one key/value head see the same keys, so the rows of one task are (query i, head g of the
 // group), numbered i * group + g: neighbours stand at neighbouring positions, and K and V are packed once for all.
 // Hidden keys. Apart from the mask, what a row sees is one interval [lo, hi), and lo and hi never fall as the row
-// number grows. A score that is hidden becomes -inf; where that is not enough (0 * NaN), a product takes the slow path
-// that visits visible pairs only. The slow path is taken only if the operand holds something that is not finite.
+// number grows. A score that is hidden becomes -inf, its weight 0. That is not enough where the weight meets NaN or
+// infinity in the next product: such elements are taken out of the packed operand, and added for visible pairs alone.
 #pragma once
 #include <cstdint>
 
@@ -311,6 +311,44 @@ bool all_finite(const typename Packed<T>::Word* natural, int64_t count) {
     return largest != 0x7f80u;
   }
 }
+
+// The elements of a natural buffer that are not finite, apart from the rest.
+template <class T>
+struct Outcasts {
+  using A = Accumulator<T>;
+  A* values = nullptr;  // [rows, words * kPair], 0 where the element is finite
+  int64_t rows = 0, width = 0;
+  bool any = false;
+
+  static int64_t elements(int64_t max_rows, int64_t words) { return max_rows * words * Packed<T>::kPair; }
+
+  // Returns the rows with 0 in the place of what is not finite: `natural` itself if there is none, else `cleaned`
+  // (which may be `natural`).
+  const typename Packed<T>::Word* collect(const typename Packed<T>::Word* natural, int64_t row_count, int64_t words,
+                                          typename Packed<T>::Word* cleaned) {
+    using Elem = typename Packed<T>::Elem;
+    rows = row_count;
+    width = words * Packed<T>::kPair;
+    any = !all_finite<T>(natural, row_count * words);
+    if (!any) return natural;
+    const Elem* from = reinterpret_cast<const Elem*>(natural);
+    Elem* to = reinterpret_cast<Elem*>(cleaned);
+    for (int64_t i = 0; i < rows * width; ++i) {
+      const A x = natural_at<T>(natural, 0, 0, i);
+      const bool finite = x - x == 0;
+      values[i] = finite ? A{0} : x;
+      to[i] = finite ? from[i] : Elem{0};
+    }
+    return cleaned;
+  }
+  // to[0, n) += weight * row
+  ISOTILE_INLINE void add(int64_t row, A weight, A* to, int64_t n) const {
+    const A* x = values + row * width;
+    for (int64_t i = 0; i < n; ++i) {
+      if (x[i] != 0) to[i] += weight * x[i];
+    }
+  }
+};
 
 // ---- the problem ----
 

@@ -74,6 +74,7 @@ struct ForwardTask {
     Arena arena;
     W *q, *natural, *kt, *v, *weights;
     A *o, *scores, *keep;
+    Outcasts<T> bad;
     const auto cut = [&] {
       q = arena.take<W>(padded * d_words);
       natural = arena.take<W>(block * max64(d_words, v_words));
@@ -83,6 +84,7 @@ struct ForwardTask {
       o = arena.take<A>(padded * v_columns);
       scores = arena.take<A>(kTileRows * block);
       keep = arena.take<A>(block);
+      bad.values = arena.take<A>(bad.elements(block, max64(v_words, v_columns)));
     };
     cut();
     const Scratch<char> memory(arena.used);
@@ -120,15 +122,10 @@ struct ForwardTask {
       const int64_t n = min64(block, hi - k0), n_padded = round_up(n, lanes<T>());
       gather_rows<T>(key_rows, k0, n, n_padded, p.d, natural, d_words);
       transpose_panels<T>(natural, n_padded, d_words, d_used, kt);
-      bool clean;
-      if constexpr (P::kPair == 1) {
-        gather_rows<T>(value_rows, k0, n, n_padded, p.dv, v, v_columns);
-        clean = all_finite<T>(v, n_padded * v_columns);
-      } else {
-        gather_rows<T>(value_rows, k0, n, n_padded, p.dv, natural, v_words);
-        clean = all_finite<T>(natural, n_padded * v_words);
-        pair_rows(natural, n_padded, v_words, v, v_columns);
-      }
+      W* value_natural = P::kPair == 1 ? v : natural;
+      gather_rows<T>(value_rows, k0, n, n_padded, p.dv, value_natural, v_words);
+      bad.collect(value_natural, n_padded, v_words, value_natural);
+      if constexpr (P::kPair == 2) pair_rows(natural, n_padded, v_words, v, v_columns);
       for (int64_t s = 0; s < padded; s += kTileRows) {
         int64_t from = n, to = 0;
         for (int64_t r = s; r < s + kTileRows; ++r) {
@@ -146,18 +143,13 @@ struct ForwardTask {
           correction[r] = softmax_step<T>(p, rows[s + r], b, k0, c0, c1, scores + r * block, keep, w, maximum + s + r,
                                           sum + s + r);
         }
-        if (clean) {
-          tile_rows<T, Start::kScale>(strip_weights + c0 / P::kPair, block / P::kPair, 1, v + c0 / P::kPair * v_columns,
-                                      v_columns, (c1 - c0) / P::kPair, v_columns, o + s * v_columns, v_columns, correction);
-        } else {
-          for (int64_t r = 0; r < kTileRows; ++r) {
-            A* acc = o + (s + r) * v_columns;
-            for (int64_t i = 0; i < v_columns; ++i) acc[i] *= correction[r];
-            for (int64_t j = c0; j < min64(c1, n); ++j) {
-              if (!visible(p, rows[s + r], k0 + j)) continue;
-              const A w = natural_at<T>(strip_weights + r * block / P::kPair, 0, 0, j);
-              for (int64_t i = 0; i < p.dv; ++i) acc[i] += w * to_accumulator(value_rows.row(k0 + j)[i * value_rows.stride_col]);
-            }
+        tile_rows<T, Start::kScale>(strip_weights + c0 / P::kPair, block / P::kPair, 1, v + c0 / P::kPair * v_columns, v_columns,
+                                    (c1 - c0) / P::kPair, v_columns, o + s * v_columns, v_columns, correction);
+        if (!bad.any) continue;
+        for (int64_t r = 0; r < kTileRows; ++r) {
+          for (int64_t j = c0; j < min64(c1, n); ++j) {
+            if (!visible(p, rows[s + r], k0 + j)) continue;
+            bad.add(j, natural_at<T>(strip_weights, block / P::kPair, r, j), o + (s + r) * v_columns, p.dv);
           }
         }
       }

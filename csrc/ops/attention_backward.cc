@@ -71,13 +71,15 @@ struct BackwardTask {
   const int64_t d_used, d_words, d_columns, v_used, v_words, v_columns;
   W *k_natural, *k_rows, *kt, *v_natural, *vt;  // the block of keys
   W *q_natural, *q_rows, *g_natural, *g_rows;   // the block of rows; g is grad_out
+  W *q_cleaned, *g_cleaned;
+  const W *k_operand, *q_operand, *g_operand;   // as the right-hand side of a product, finite
   A *score, *grad, *keep, *slope;               // one strip of six rows
   W *weights, *z_rows, *z_strip;                // w and z: all rows (in pairs), z of the strip
   A *grad_k, *grad_v;                           // accumulators of the block of keys
   Scratch<char> memory;
   Row rows[kRowBlock];
   int64_t keys_from = 0, keys_count = 0, rows_from = 0, rows_count = 0, rows_padded = 0;
-  bool k_clean = true, q_clean = true, g_clean = true;
+  Outcasts<T> k_bad, q_bad, g_bad;
 
   BackwardTask(const BackwardProblem<T>& problem, int64_t b, int64_t kv_head)
       : bp(problem),
@@ -115,6 +117,11 @@ struct BackwardTask {
     z_strip = arena.take<W>(P::kPair == 1 ? 0 : kTileRows * block / 2);
     grad_k = arena.take<A>((block + kTileRows) * d_columns);
     grad_v = arena.take<A>((block + kTileRows) * v_columns);
+    q_cleaned = arena.take<W>(kRowBlock * d_words);
+    g_cleaned = arena.take<W>(kRowBlock * v_words);
+    k_bad.values = arena.take<A>(k_bad.elements(block, d_words));
+    q_bad.values = arena.take<A>(q_bad.elements(kRowBlock, d_words));
+    g_bad.values = arena.take<A>(g_bad.elements(kRowBlock, v_words));
     return arena.used;
   }
 
@@ -127,8 +134,11 @@ struct BackwardTask {
     gather_rows<T>(group.keys_of<T>(*p.v), k0, keys_count, padded, p.dv, v_natural, v_words);
     transpose_panels<T>(v_natural, padded, v_words, v_used, vt);
     if (!for_queries) return;
-    k_clean = all_finite<T>(k_natural, padded * d_words);
-    if constexpr (P::kPair == 2) pair_rows(k_natural, padded, d_words, k_rows, d_columns);
+    k_operand = k_bad.collect(k_natural, padded, d_words, k_natural);
+    if constexpr (P::kPair == 2) {
+      pair_rows(k_operand, padded, d_words, k_rows, d_columns);
+      k_operand = k_rows;
+    }
   }
 
   void load_rows(int64_t r0, bool for_keys) {
@@ -142,11 +152,13 @@ struct BackwardTask {
     gather_rows<T>(group.queries_of<T>(*p.q), r0, rows_count, rows_padded, p.d, q_natural, d_words);
     gather_rows<T>(group.queries_of<T>(bp.grad_out), r0, rows_count, rows_padded, p.dv, g_natural, v_words);
     if (!for_keys) return;
-    q_clean = all_finite<T>(q_natural, rows_padded * d_words);
-    g_clean = all_finite<T>(g_natural, rows_padded * v_words);
+    q_operand = q_bad.collect(q_natural, rows_padded, d_words, q_cleaned);
+    g_operand = g_bad.collect(g_natural, rows_padded, v_words, g_cleaned);
     if constexpr (P::kPair == 2) {
-      pair_rows(q_natural, rows_padded, d_words, q_rows, d_columns);
-      pair_rows(g_natural, rows_padded, v_words, g_rows, v_columns);
+      pair_rows(q_operand, rows_padded, d_words, q_rows, d_columns);
+      pair_rows(g_operand, rows_padded, v_words, g_rows, v_columns);
+      q_operand = q_rows;
+      g_operand = g_rows;
     }
   }
 
@@ -244,18 +256,12 @@ struct BackwardTask {
       place(score, s, c0, c1, n_padded, weights, nullptr);
       place(grad, s, c0, c1, n_padded, z_rows, z_strip);
       if (grad_q && from < to) {
-        if (k_clean) {
-          const W* z = P::kPair == 1 ? z_rows + s * block_row + c0 : z_strip + c0 / P::kPair;
-          const W* k = P::kPair == 1 ? k_natural : k_rows;
-          tile_rows<T, Start::kAdd>(z, P::kPair == 1 ? block_row : block / 2, 1, k + c0 / P::kPair * d_columns, d_columns,
-                                    (c1 - c0) / P::kPair, d_columns, grad_q + s * d_columns, d_columns, nullptr);
-        } else {
-          for (int64_t r = s; r < min64(s + kTileRows, rows_count); ++r) {
-            for (int64_t j = from; j < to; ++j) {
-              if (!visible(p, rows[r], keys_from + j)) continue;
-              const A z = weight_at(z_rows, r, j);
-              for (int64_t i = 0; i < p.d; ++i) grad_q[r * d_columns + i] += z * natural_at<T>(k_natural, d_words, j, i);
-            }
+        const W* z = P::kPair == 1 ? z_rows + s * block_row + c0 : z_strip + c0 / P::kPair;
+        tile_rows<T, Start::kAdd>(z, P::kPair == 1 ? block_row : block / 2, 1, k_operand + c0 / P::kPair * d_columns, d_columns,
+                                  (c1 - c0) / P::kPair, d_columns, grad_q + s * d_columns, d_columns, nullptr);
+        for (int64_t r = s; k_bad.any && r < min64(s + kTileRows, rows_count); ++r) {
+          for (int64_t j = from; j < to; ++j) {
+            if (visible(p, rows[r], keys_from + j)) k_bad.add(j, weight_at(z_rows, r, j), grad_q + r * d_columns, p.d);
           }
         }
       }
@@ -269,26 +275,20 @@ struct BackwardTask {
       if (first == last) continue;
       first = first / P::kPair;
       last = (last + P::kPair - 1) / P::kPair;
-      accumulate_keys(weights, P::kPair == 1 ? g_natural : g_rows, g_natural, v_words, v_columns, p.dv, j,
-                      first, last, g_clean, grad_v);
-      accumulate_keys(z_rows, P::kPair == 1 ? q_natural : q_rows, q_natural, d_words, d_columns, p.d, j,
-                      first, last, q_clean, grad_k);
+      accumulate_keys(weights, g_operand, g_bad, v_columns, p.dv, j, first, last, grad_v);
+      accumulate_keys(z_rows, q_operand, q_bad, d_columns, p.d, j, first, last, grad_k);
     }
   }
 
   // Six keys from j: to += weights^T operand, over words [first, last) of rows.
-  void accumulate_keys(const W* weight, const W* operand, const W* natural, int64_t words, int64_t columns, int64_t used, int64_t j,
-                       int64_t first, int64_t last, bool clean, A* to) {
-    if (clean) {
-      tile_rows<T, Start::kAdd>(weight + first * block_row + j, 1, block_row, operand + first * columns, columns, last - first, columns,
-                                to + j * columns, columns, nullptr);
-      return;
-    }
+  void accumulate_keys(const W* weight, const W* operand, const Outcasts<T>& bad, int64_t columns, int64_t used, int64_t j, int64_t first,
+                       int64_t last, A* to) const {
+    tile_rows<T, Start::kAdd>(weight + first * block_row + j, 1, block_row, operand + first * columns, columns, last - first, columns,
+                              to + j * columns, columns, nullptr);
+    if (!bad.any) return;
     for (int64_t r = first * P::kPair; r < min64(last * P::kPair, rows_count); ++r) {
       for (int64_t c = j; c < min64(j + kTileRows, keys_count); ++c) {
-        if (!visible(p, rows[r], keys_from + c)) continue;
-        const A w = weight_at(weight, r, c);
-        for (int64_t i = 0; i < used; ++i) to[c * columns + i] += w * natural_at<T>(natural, words, r, i);
+        if (visible(p, rows[r], keys_from + c)) bad.add(r, weight_at(weight, r, c), to + c * columns, used);
       }
     }
   }
