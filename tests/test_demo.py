@@ -132,17 +132,52 @@ def test_demo_agrees_and_writes_its_figures(tmp_path, capsys):
     assert record["failures"] == []
 
 
-def test_demo_fails_on_a_wrong_result(monkeypatch, capsys):
-    right = isotile.linear
-    monkeypatch.setattr(isotile, "linear", lambda *args, **kwargs: right(*args, **kwargs) * (1 + 1e-3))
-    assert demo.main(QUICK) == 1
-    assert "ulp from the truth, more than" in capsys.readouterr().out
+def tanh_gelu(right, *args, activation=None, **kwargs):
+    return right(*args, activation="gelu_tanh" if activation == "gelu" else activation, **kwargs)
 
 
-def test_demo_fails_on_a_missing_padding_mask(monkeypatch):
-    right = isotile.attention
-    monkeypatch.setattr(isotile, "attention", lambda *args, seqlens_k=None, **kwargs: right(*args, **kwargs))
-    assert demo.main(QUICK) == 1
+def half_precision_operands(right, x, weight, *args, **kwargs):
+    return right(x.bfloat16().to(x.dtype), weight.bfloat16().to(weight.dtype), *args, **kwargs)
+
+
+def no_padding_mask(right, *args, seqlens_k=None, **kwargs):
+    return right(*args, **kwargs)
+
+
+def no_causal_mask(right, *args, is_causal=False, **kwargs):
+    return right(*args, **kwargs)
+
+
+def another_eps(right, x, shape, weight, bias, eps, **kwargs):
+    return right(x, shape, weight, bias, 1e-4, **kwargs)
+
+
+def no_residual(right, x, shape, weight, eps, *, residual=None):
+    y = right(x, shape, weight, eps)
+    return y if residual is None else (y, x + residual)
+
+
+def rounded_probabilities(right, *args, **kwargs):
+    return right(*args, **kwargs).half().float()
+
+
+@pytest.mark.parametrize(
+    ("operator", "bug"),
+    [
+        ("linear", tanh_gelu),
+        ("linear", half_precision_operands),
+        ("attention", no_padding_mask),
+        ("attention", no_causal_mask),
+        ("layer_norm", another_eps),
+        ("rms_norm", no_residual),
+        ("softmax", rounded_probabilities),
+    ],
+)
+def test_demo_fails_on_a_planted_bug(operator, bug, monkeypatch, capsys):
+    right = getattr(isotile, operator)
+    monkeypatch.setattr(isotile, operator, lambda *args, **kwargs: bug(right, *args, **kwargs))
+    assert demo.main([*QUICK, "--dtypes", "float32"]) == 1
+    assert "ulp from the truth, more than" in " ".join(capsys.readouterr().out.split())
 
 
 def test_demo_fails_on_a_backend_that_was_asked_for_and_refuses(monkeypatch, capsys):

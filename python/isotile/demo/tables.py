@@ -14,7 +14,7 @@ def sparkline(values) -> str:
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title))
     for name in left:
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     for name in right:
