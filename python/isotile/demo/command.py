@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         encoded = compare.compare_encoder(
             pretrained, sentences, queries, backends, dtypes, args.rounds, device, lambda: progress.advance(encoding)
         )
+        progress.update(encoding, completed=ticks)
         trained = compare.compare_decoder(
             text, text_name, backends, args.steps, device, lambda: progress.advance(training)
         )
@@ -175,7 +176,7 @@ def _failures(rows, asked: bool) -> list[str]:
         ]
         if not row.neighbours_hold:
             failures.append(f"{who}: a query finds another sentence than the truth, and not one as near")
-    if rows and all(row.refusal for row in rows if row.contender != "PyTorch"):
+    if rows and all(row.refusal for row in rows if row.contender != compare.TORCH):
         failures.append("no backend ran")
     return failures
 

@@ -1,6 +1,8 @@
 """The measurements of the demo: isotile's backends and plain PyTorch on one model, each against the float64 truth."""
 
+import contextlib
 import copy
+import functools
 import math
 import statistics
 import time
@@ -14,6 +16,8 @@ import isotile
 from . import decoder, encoder, torch_ops
 from .agreement import Agreement, max_ulps, min_cosine
 
+TORCH = "PyTorch"
+
 # A contender that is slow by design (an interpreter, an emulator), or on a busy machine, is timed for fewer rounds.
 _SECONDS_FOR_EACH_CONTENDER = 3.0
 _STEPS_BEFORE_TIMING = 3
@@ -23,7 +27,7 @@ _STEPS_BEFORE_TIMING = 3
 class Row:
     """What one contender did. `refusal` is its reason when it cannot run the model; then nothing else is set."""
 
-    contender: str  # a backend of isotile, or "PyTorch"
+    contender: str  # a backend of isotile, or TORCH
     dtype: str
     refusal: str = ""
     agreements: list[Agreement] = field(default_factory=list)
@@ -44,27 +48,40 @@ class Row:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
+def _ops(contender: str):
+    return torch_ops if contender == TORCH else isotile
+
+
+def _context(contender: str):
+    return contextlib.nullcontext() if contender == TORCH else isotile.use_backend(contender)
+
+
+def _timed(contender: str, run: Callable[..., object], device: torch.device) -> tuple[float, object]:
+    """Seconds and result of `run(ops)` by one contender."""
+    with _context(contender):
+        _synchronize(device)
+        start = time.perf_counter()
+        result = run(_ops(contender))
+        _synchronize(device)
+        return time.perf_counter() - start, result
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    _synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    _synchronize(device)
-    return time.perf_counter() - start, result
+def _interleave(run: Callable[..., object], first: dict[str, float], rounds: int, device, tick) -> dict:
+    """Seconds of `run` for each contender of `first`, in each round.
 
-
-def _interleave(runs: dict[str, Callable[[], object]], first: dict[str, float], rounds: int, device, tick) -> dict:
-    """Seconds of each run in each round. Every round times all that still take part, and starts with another one."""
-    times = {name: [] for name in runs}
-    names = list(runs)
+    Every round times all that still take part, and starts with another one. `first` holds the seconds of a first run.
+    """
+    names = list(first)
+    times = {name: [] for name in names}
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             if r == 0 or (r + 1) * first[name] <= _SECONDS_FOR_EACH_CONTENDER:
-                times[name].append(_timed(runs[name], device)[0])
+                times[name].append(_timed(name, run, device)[0])
             tick()
     return times
 
@@ -100,65 +117,51 @@ def compare_encoder(pretrained, sentences, queries, backends, dtypes, rounds, de
         dtypes: torch dtypes of weights and activations.
         rounds: interleaved timings.
         device: where PyTorch and isotile run; the truth is taken on the CPU.
-        tick: called `encoder_ticks` times for each dtype.
+        tick: called at most `encoder_ticks` times for each dtype.
     """
-    corpus_batches = encoder.make_batches(pretrained.tokenize([text for _, text in sentences]))
-    query_batches = encoder.make_batches(pretrained.tokenize([text for _, text in queries]))
-    here = [(rows, batch.to(device)) for rows, batch in corpus_batches]
-    here_queries = [(rows, batch.to(device)) for rows, batch in query_batches]
+    corpus, asked = (
+        encoder.make_batches(pretrained.tokenize([text for _, text in pairs])) for pairs in (sentences, queries)
+    )
+    corpus_here, asked_here = (
+        [(positions, batch.to(device)) for positions, batch in batches] for batches in (corpus, asked)
+    )
     rows, found = [], []
-
-    def run(model, ops, corpus=here, asked=here_queries):
-        embedded = encoder.encode(model, corpus, ops)
-        with torch.inference_mode():
-            scores, probabilities = encoder.search(encoder.encode(model, asked, ops), embedded, ops)
-        return embedded, scores, probabilities
-
     for dtype in dtypes:
         model = copy.deepcopy(pretrained.model).to(dtype)
         # The truth has the same, already rounded weights.
-        truth = run(copy.deepcopy(model).double(), torch_ops, corpus_batches, query_batches)
+        truth = _embed_and_search(copy.deepcopy(model).double(), corpus, asked, torch_ops)
         tick()
         model = model.to(device)
-        runs = {"PyTorch": lambda model=model: encoder.encode(model, here, torch_ops)}
-        outputs, first = {}, {}
-        first["PyTorch"], outputs["PyTorch"] = _timed(lambda: run(model, torch_ops), device)  # noqa: B023
-        tick()
-        dtype_rows = {"PyTorch": Row("PyTorch", str(dtype).removeprefix("torch."))}
-        for name in backends:
-            row = dtype_rows[name] = Row(name, str(dtype).removeprefix("torch."))
-
-            def with_backend(run_model, name=name):
-                with isotile.use_backend(name):
-                    return run_model()
-
+        job = functools.partial(_embed_and_search, model, corpus_here, asked_here)
+        outputs, first, row_of = {}, {}, {}
+        for name in (TORCH, *backends):
+            row_of[name] = Row(name, str(dtype).removeprefix("torch."))
             try:
-                first[name], outputs[name] = _timed(lambda: with_backend(lambda: run(model, isotile)), device)  # noqa: B023
+                first[name], outputs[name] = _timed(name, job, device)
             except isotile.BackendError as refusal:
-                row.refusal = str(refusal)
-            else:
-                runs[name] = lambda model=model, with_backend=with_backend: with_backend(
-                    lambda: encoder.encode(model, here, isotile)
-                )
+                row_of[name].refusal = str(refusal)
             tick()
 
-        torch_figures = _figures(outputs["PyTorch"], truth, dtype)
+        torch_figures = _figures(outputs[TORCH], truth, dtype)
         for name, output in outputs.items():
-            row, figures = dtype_rows[name], _figures(output, truth, dtype)
+            row, figures = row_of[name], _figures(output, truth, dtype)
             row.error_ulps = figures["embeddings"]
             row.one_minus_cosine = 1 - min_cosine(output[0], truth[0])
             row.agreements = [Agreement(what, figures[what], torch_figures[what]) for what in figures]
             limit = next(a.limit for a in row.agreements if a.what == "similarities")
             row.same_neighbours, row.neighbours_hold = _neighbours(output[1], truth[1], limit, dtype)
-        times = _interleave(runs, first, rounds, device, tick)
-        for _ in range(rounds * (1 + len(backends) - len(runs))):
-            tick()
-        for name in runs:
-            _set_times(dtype_rows[name], times[name], times["PyTorch"])
-        rows.extend(dtype_rows.values())
-        if not found:
-            found = _found(truth, sentences, queries)
-    return EncoderResult(rows, found, sum(int(b.lengths.sum()) for _, b in corpus_batches))
+        times = _interleave(functools.partial(encoder.encode, model, corpus_here), first, rounds, device, tick)
+        for name in first:
+            _set_times(row_of[name], times[name], times[TORCH])
+        rows.extend(row_of.values())
+        found = found or _found(truth, sentences, queries)
+    return EncoderResult(rows, found, sum(int(batch.lengths.sum()) for _, batch in corpus))
+
+
+def _embed_and_search(model, corpus, asked, ops):
+    embedded = encoder.encode(model, corpus, ops)
+    with torch.inference_mode():
+        return embedded, *encoder.search(encoder.encode(model, asked, ops), embedded, ops)
 
 
 def _figures(output, truth, dtype) -> dict[str, float]:
@@ -217,8 +220,8 @@ def compare_decoder(text, text_name, backends, steps, device, tick, seed=0) -> D
         return decoder.Trainer(text, ops, seed=seed, dtype=dtype, device=device)
 
     truth = trainer(torch_ops, torch.float64, torch.device("cpu"))
-    rows = {name: Row(name, "float32") for name in ("PyTorch", *backends)}
-    trainers = {name: trainer(torch_ops if name == "PyTorch" else isotile) for name in rows}
+    rows = {name: Row(name, "float32") for name in (TORCH, *backends)}
+    trainers = {name: trainer(_ops(name)) for name in rows}
     times = {name: [] for name in rows}
     truth_losses = []
     for step in range(steps):
@@ -226,7 +229,7 @@ def compare_decoder(text, text_name, backends, steps, device, tick, seed=0) -> D
         names = list(trainers)
         for name in names[step % len(names) :] + names[: step % len(names)]:
             try:
-                seconds, loss = _timed(lambda: _step(trainers[name], name), device)  # noqa: B023
+                seconds, loss = _timed(name, lambda _, name=name: trainers[name].step(), device)
             except isotile.BackendError as refusal:
                 rows[name] = Row(name, "float32", refusal=str(refusal))
                 del trainers[name]
@@ -240,17 +243,10 @@ def compare_decoder(text, text_name, backends, steps, device, tick, seed=0) -> D
     for name in trainers:
         row = rows[name]
         row.error_ulps = errors[name]
-        row.agreements = [Agreement("loss curve", errors[name], errors["PyTorch"], roundings=math.sqrt(steps))]
-        _set_times(row, times[name], times["PyTorch"])
+        row.agreements = [Agreement("loss curve", errors[name], errors[TORCH], roundings=math.sqrt(steps))]
+        _set_times(row, times[name], times[TORCH])
     parameters = sum(p.numel() for p in truth.model.parameters())
     return DecoderResult(list(rows.values()), truth_losses, text_name, parameters)
-
-
-def _step(trainer, name) -> float:
-    if name == "PyTorch":
-        return trainer.step()
-    with isotile.use_backend(name):
-        return trainer.step()
 
 
 def _curve_ulps(losses, truth) -> float:

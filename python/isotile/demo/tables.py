@@ -4,6 +4,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .compare import TORCH
+
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -23,18 +25,18 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 
 def _verdict(row) -> str:
-    if row.contender == "PyTorch":
+    if row.contender == TORCH:
         return ""
     return "[green]agrees[/]" if row.agrees else "[bold red]DIFFERS[/]"
 
 
 def _time(row) -> tuple[str, str]:
-    ratio = "" if row.contender == "PyTorch" else f"{row.times_torch:.2f}"
+    ratio = "" if row.contender == TORCH else f"{row.times_torch:.2f}"
     return f"{row.milliseconds:.1f}", ratio
 
 
 def _limit(row) -> str:
-    return "" if row.contender == "PyTorch" else f"{row.agreements[0].limit:.1f}"
+    return "" if row.contender == TORCH else f"{row.agreements[0].limit:.1f}"
 
 
 def search_table(found) -> Table:
@@ -106,12 +108,12 @@ def curves(result) -> Table:
 def losses_table(result, every: int) -> Table:
     """The curves side by side at every `every`-th step: PyTorch's loss, and each backend's difference from it."""
     rows = [r for r in result.rows if not r.refusal]
-    torch_row = next(r for r in rows if r.contender == "PyTorch")
+    torch_row = next(r for r in rows if r.contender == TORCH)
     others = [r for r in rows if r is not torch_row]
     table = _table(
         "Loss at some steps, and each backend's difference from PyTorch",
         (),
-        ("step", "PyTorch", *(r.contender for r in others)),
+        ("step", TORCH, *(r.contender for r in others)),
     )
     steps = sorted({*range(0, len(torch_row.losses), every), len(torch_row.losses) - 1})
     for s in steps:
