@@ -1,103 +1,25 @@
-// The kinds of arithmetic a matrix product is done in, and the packing of its operands for them.
+// Packing of a matrix product's operands into panels of steps.
 #pragma once
-#include "base/dtype.h"
-#include "base/tensor_view.h"
-#include "simd/vec.h"
+#include "ops/_gemm_tile.h"
 
 namespace isotile {
 namespace ISOTILE_ISA {
 
-// Vectors across the register tile: 6 x 4 accumulators want 32 registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisterVecs = 4;
-#else
-constexpr int kRegisterVecs = 2;
-#endif
-
-// A region of rows of memory to be fetched into L2, some lines (64 bytes) at each call. Empty: nothing happens.
-struct Prefetch {
-  const char* row = nullptr;
-  int64_t row_lines = 0, row_stride = 0, rows_left = 0, per_call = 0, line = 0;
-
-  ISOTILE_INLINE void next() {
-    for (int64_t i = 0; i < per_call && rows_left > 0; ++i) {
-      __builtin_prefetch(row + 64 * line, 0, 2);
-      if (++line == row_lines) {
-        line = 0;
-        row += row_stride;
-        --rows_left;
-      }
-    }
-  }
-};
-
-// float or double arithmetic; 16-bit operands are converted when they are packed.
-template <class T>
-struct FloatKind {
-  using Acc = T;
-  using Packed = T;
-  using Operand = Vec<T>;
-  static constexpr DType kAccType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-  static constexpr int kLanes = Vec<T>::kLanes;
-  static constexpr int64_t kChunk = 512;
-  static constexpr int64_t kPerStep = 1;
-  static ISOTILE_INLINE int64_t steps(int64_t k) { return k; }
-  static ISOTILE_INLINE Operand load(const Packed* p) { return Vec<T>::load(p); }
-  static ISOTILE_INLINE Operand broadcast(const Packed* p) { return Vec<T>::set1(*p); }
-  static ISOTILE_INLINE Vec<T> multiply_add(Operand a, Operand b, Vec<T> c) { return fma(a, b, c); }
-  static ISOTILE_INLINE Packed pack(const double* p, int64_t, int64_t) { return static_cast<T>(*p); }
-  static ISOTILE_INLINE Packed pack(const float* p, int64_t, int64_t) { return static_cast<T>(*p); }
-  template <class Src>
-  static ISOTILE_INLINE Packed pack(const Src* p, int64_t, int64_t) {
-    return static_cast<T>(to_float(*p));
-  }
-  // The steps at p, p + 1, ...: `count` is a multiple of the lanes.
-  template <class Src>
-  static ISOTILE_INLINE void pack_run(Packed* dst, const Src* p, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) Vec<T>::load(p + i).store(dst + i);
-  }
-  // One step of the n columns at p, p + 1, ..., and zeros up to the lanes.
-  template <class Src>
-  static ISOTILE_INLINE void pack_lanes(Packed* dst, const Src* p, int64_t, int64_t, int64_t n) {
-    (n >= kLanes ? Vec<T>::load(p) : Vec<T>::load(p, n)).store(dst);
-  }
-};
-
-#if ISOTILE_HAS_BF16_DOT
-// bfloat16 products two at a time (vdpbf16ps), float32 accumulators. The instruction takes subnormal operands as 0.
-struct PairKind {
-  using Acc = float;
-  using Packed = uint32_t;  // elements k (low half) and k + 1
-  using Operand = __m512i;
-  static constexpr DType kAccType = DType::kFloat32;
-  static constexpr int kLanes = 16;
-  static constexpr int64_t kChunk = 1024;
-  static constexpr int64_t kPerStep = 2;
-  static ISOTILE_INLINE int64_t steps(int64_t k) { return (k + 1) / 2; }
-  static ISOTILE_INLINE Operand load(const Packed* p) { return _mm512_loadu_si512(p); }
-  static ISOTILE_INLINE Operand broadcast(const Packed* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
-  static ISOTILE_INLINE Vec<float> multiply_add(Operand a, Operand b, Vec<float> c) {
-    return {_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b)};
-  }
-  // left: how many of the step's elements exist.
-  static ISOTILE_INLINE Packed pack(const BFloat16* p, int64_t stride, int64_t left) {
-    return p[0].bits | (left > 1 ? static_cast<uint32_t>(p[stride].bits) << 16 : 0u);
-  }
-  static ISOTILE_INLINE void pack_run(Packed* dst, const BFloat16* p, int64_t count) {
-    __builtin_memcpy(dst, p, count * sizeof(Packed));
-  }
-  static ISOTILE_INLINE void pack_lanes(Packed* dst, const BFloat16* p, int64_t stride, int64_t left, int64_t n) {
-    const __mmask16 lanes = Mask<float>::first(n).m;
-    __m512i v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
-    if (left > 1)
-      v = _mm512_or_si512(v, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p + stride)), 16));
-    _mm512_storeu_si512(dst, v);
-  }
-};
-#endif
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Transposes of 4 steps x 8 columns, for b whose steps lie next to each other. On x86 with 256-bit registers: these
 // shuffles go twice as fast as 512-bit ones, and half of the work is done by the loads.
+template <class Kind, class Src>
+constexpr bool transposes_quads() {
+#if defined(__AVX2__)
+  return sizeof(typename Kind::Packed) == 4 && sizeof(Src) <= 4;
+#else
+  return false;
+#endif
+}
+
 #if defined(__AVX2__)
 struct Quads {
   __m256 step[4];  // each 8 columns
@@ -130,11 +52,6 @@ ISOTILE_INLINE Quads transpose_quads(const Src* p, int64_t stride, int64_t last)
   const __m256 low23 = _mm256_unpacklo_ps(r2, r3), high23 = _mm256_unpackhi_ps(r2, r3);
   return {{_mm256_shuffle_ps(low01, low23, 0x44), _mm256_shuffle_ps(low01, low23, 0xee),
            _mm256_shuffle_ps(high01, high23, 0x44), _mm256_shuffle_ps(high01, high23, 0xee)}};
-}
-
-template <class Kind, class Src>
-constexpr bool transposes_quads() {
-  return sizeof(typename Kind::Packed) == 4 && sizeof(Src) <= 4;
 }
 
 // Columns [j0, j1) of `cols`, j0 a multiple of 8, rounded up to 8 -> dst [step][width]. Returns how many of the steps are done.
@@ -183,11 +100,11 @@ inline void pack_rows(typename Kind::Packed* dst, const Src* const* at, int64_t 
 // A panel of b [kc, cols] (strides sk, sn) -> dst [step][width], width = cols rounded up to the lanes. What stands in
 // the columns beyond cols is never part of a result. The work comes in `parts`, to be spread between others; each
 // part reads and writes its own place.
-template <class Kind, class Src>
+template <class Kind>
 struct ColumnPanel {
   static constexpr int64_t kParts = 8;
-  const Src* src = nullptr;
-  int64_t sk = 0, sn = 0, kc = 0, cols = 0, width = 0;
+  const char* src = nullptr;
+  int64_t item = 0, sk = 0, sn = 0, kc = 0, cols = 0, width = 0;  // bytes of an element, strides in elements
 
   bool by_columns() const { return sk == 1 && sn != 1; }
   int64_t begin(int64_t part) const {
@@ -198,32 +115,34 @@ struct ColumnPanel {
     Prefetch p;
     if (sk != 1 && sn != 1) return p;
     const int64_t first = begin(part);
-    const int64_t rows = by_columns() ? (begin(end) < cols ? begin(end) : cols) - first
-                                      : (begin(end) * Kind::kPerStep < kc ? begin(end) * Kind::kPerStep : kc) - first * Kind::kPerStep;
+    const int64_t rows = by_columns() ? least(begin(end), cols) - first
+                                      : least(begin(end) * Kind::kPerStep, kc) - first * Kind::kPerStep;
     if (rows <= 0) return p;
-    const int64_t bytes = (by_columns() ? kc : cols) * static_cast<int64_t>(sizeof(Src));
-    p.row = reinterpret_cast<const char*>(src + (by_columns() ? first * sn : first * Kind::kPerStep * sk));
-    p.row_stride = (by_columns() ? sn : sk) * static_cast<int64_t>(sizeof(Src));
-    p.row_lines = (bytes + 63) / 64;
+    const int64_t bytes = (by_columns() ? kc : cols) * item;
+    p.row = src + (by_columns() ? first * sn : first * Kind::kPerStep * sk) * item;
+    p.row_stride = (by_columns() ? sn : sk) * item;
+    p.row_lines = ceil_div(bytes, 64);
     p.rows_left = rows;
-    p.per_call = (p.row_lines * rows + calls - 1) / (calls > 0 ? calls : 1);
+    p.per_call = ceil_div(p.row_lines * rows, most(calls, 1));
     return p;
   }
+  template <class Src>
   void pack(typename Kind::Packed* dst, int64_t part, int64_t end) const {
+    const Src* src = reinterpret_cast<const Src*>(this->src);
     constexpr int64_t kPer = Kind::kPerStep;
     const int64_t steps = Kind::steps(kc), b0 = begin(part), b1 = begin(end);
     if (sn == 1) {
       for (int64_t s = b0; s < b1; ++s) {
         const Src* p = src + s * kPer * sk;
         for (int64_t j = 0; j < width; j += Kind::kLanes)
-          Kind::pack_lanes(dst + s * width + j, p + j, sk, kc - s * kPer, cols - j);
+          Kind::store(Kind::lanes(p + j, sk, kc - s * kPer, cols - j), dst + s * width + j);
       }
       return;
     }
     int64_t s0 = 0, s1 = steps, j0 = 0, j1 = cols;
     if (by_columns()) {
       j0 = b0;
-      j1 = b1 < cols ? b1 : cols;
+      j1 = least(b1, cols);
       s0 = pack_transposed<Kind>(dst, src, sn, kc / kPer, cols, width, j0, j1);
     } else {
       s0 = b0;

@@ -1,6 +1,7 @@
 // y [total, n]: the rows of a [total, k] in group g times b[g] [k, n]; rows of no group are 0.
 //
-// Every group is one problem of the work list in _gemm.h; the rows of no group are one more, with k = 0.
+// Every group is one problem of the list for _gemm_run.h; the rows of no group are one more, with k = 0.
+#include "base/scratch.h"
 #include "ops/_gemm.h"
 #include "ops/_gemm_groups.h"
 
@@ -9,16 +10,16 @@ namespace ISOTILE_ISA {
 
 namespace {
 
-struct Grouped {
+struct Grouped final : GemmList {
   Gemm first;
   int64_t groups, group_stride;
   const int64_t* starts;
 
-  int64_t count() const { return groups + 1; }
-  int64_t m(int64_t i) const { return starts[i + 1] - starts[i]; }
-  int64_t n() const { return first.n; }
-  int64_t k(int64_t i) const { return i < groups ? first.k : 0; }
-  Gemm problem(int64_t i) const {
+  int64_t count() const override { return groups + 1; }
+  int64_t m(int64_t i) const override { return starts[i + 1] - starts[i]; }
+  int64_t n() const override { return first.n; }
+  int64_t k(int64_t i) const override { return i < groups ? first.k : 0; }
+  Gemm at(int64_t i) const override {
     Gemm g = first;
     g.m = m(i);
     g.k = k(i);
@@ -47,7 +48,7 @@ void grouped_matmul(const TensorView* t, const double*) {
   g.b_k = b.stride[1];
   g.b_n = b.stride[2];
   g.out.y = Matrix::rows_of(y);
-  run_gemm(a.dtype, source);
+  run_gemms(a.dtype, b.dtype, source);
 }
 
 }  // namespace ISOTILE_ISA

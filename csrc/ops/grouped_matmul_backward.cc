@@ -1,7 +1,8 @@
 // grad_a [total, k]: the rows of grad [total, n] in group g times b[g]^T; rows of no group get 0.
 // grad_b [groups, k, n]: a[group g]^T @ grad[group g]; 0 for an empty group.
 //
-// Both are lists of problems for _gemm.h, transposed by strides alone.
+// Both are lists of problems for _gemm_run.h, transposed by strides alone. grad may have another dtype (out_dtype).
+#include "base/scratch.h"
 #include "ops/_gemm.h"
 #include "ops/_gemm_groups.h"
 
@@ -10,16 +11,16 @@ namespace ISOTILE_ISA {
 
 namespace {
 
-struct GradA {
+struct GradA final : GemmList {
   Gemm first;
   int64_t groups, group_stride;
   const int64_t* starts;
 
-  int64_t count() const { return groups + 1; }
-  int64_t m(int64_t i) const { return starts[i + 1] - starts[i]; }
-  int64_t n() const { return first.n; }
-  int64_t k(int64_t i) const { return i < groups ? first.k : 0; }
-  Gemm problem(int64_t i) const {
+  int64_t count() const override { return groups + 1; }
+  int64_t m(int64_t i) const override { return starts[i + 1] - starts[i]; }
+  int64_t n() const override { return first.n; }
+  int64_t k(int64_t i) const override { return i < groups ? first.k : 0; }
+  Gemm at(int64_t i) const override {
     Gemm g = first;
     g.m = m(i);
     g.k = k(i);
@@ -30,16 +31,16 @@ struct GradA {
   }
 };
 
-struct GradB {
+struct GradB final : GemmList {
   Gemm first;
   int64_t groups, group_stride;
   const int64_t* starts;
 
-  int64_t count() const { return groups; }
-  int64_t m(int64_t) const { return first.m; }
-  int64_t n() const { return first.n; }
-  int64_t k(int64_t i) const { return starts[i + 1] - starts[i]; }
-  Gemm problem(int64_t i) const {
+  int64_t count() const override { return groups; }
+  int64_t m(int64_t) const override { return first.m; }
+  int64_t n() const override { return first.n; }
+  int64_t k(int64_t i) const override { return starts[i + 1] - starts[i]; }
+  Gemm at(int64_t i) const override {
     Gemm g = first;
     g.k = k(i);
     g.a.offset = starts[i] * g.a.col;
@@ -48,20 +49,6 @@ struct GradB {
     return g;
   }
 };
-
-// The gradient may have another dtype than the operands (out_dtype).
-template <class Source>
-void run(DType a, DType b, const Source& source) {
-  if (a == b) return run_gemm(a, source);
-  dispatch_float(a, [&](auto type_a) {
-    dispatch_float(b, [&](auto type_b) {
-      using A = typename decltype(type_a)::type;
-      using B = typename decltype(type_b)::type;
-      if constexpr (sizeof(A) == 8 || sizeof(B) == 8) run_gemm<FloatKind<double>, A, B>(source);
-      else run_gemm<FloatKind<float>, A, B>(source);
-    });
-  });
-}
 
 }  // namespace
 
@@ -83,7 +70,7 @@ void grouped_matmul_backward(const TensorView* t, const double*) {
     g.b_k = b.stride[2];
     g.b_n = b.stride[1];
     g.out.y = Matrix::rows_of(grad_a);
-    run(grad.dtype, b.dtype, source);
+    run_gemms(grad.dtype, b.dtype, source);
   }
   if (grad_b.present()) {
     GradB source;
@@ -98,7 +85,7 @@ void grouped_matmul_backward(const TensorView* t, const double*) {
     g.b_k = grad.stride[0];
     g.b_n = grad.stride[1];
     g.out.y = Matrix::of(grad_b.data, grad_b.dtype, k, grad_b.stride[1], grad_b.stride[2]);
-    run(a.dtype, grad.dtype, source);
+    run_gemms(a.dtype, grad.dtype, source);
   }
 }
 

@@ -1,24 +1,25 @@
 // y [B.., m, n] = activation(a [B.., m, k] @ b [B.., k, n] + bias [n]) + residual [B.., m, n], and the preactivation.
 //
 // Loop dims over which b is broadcast become more rows of one product, so b is packed once for all of them.
-// Accumulation order and its independence of the batch: see _gemm.h.
+// Accumulation order and its independence of the batch: see _gemm_run.h.
 #include "ops/_gemm.h"
+#include "ops/_gemm_run.h"
 
 namespace isotile {
 namespace ISOTILE_ISA {
 
 namespace {
 
-struct Batched {
+struct Batched final : GemmList {
   Gemm first;
   int64_t batch = 1;
   IndexMap a, b, y, preactivation, residual;  // offsets of problem i
 
-  int64_t count() const { return batch; }
-  int64_t m(int64_t) const { return first.m; }
-  int64_t n() const { return first.n; }
-  int64_t k(int64_t) const { return first.k; }
-  Gemm problem(int64_t i) const {
+  int64_t count() const override { return batch; }
+  int64_t m(int64_t) const override { return first.m; }
+  int64_t n() const override { return first.n; }
+  int64_t k(int64_t) const override { return first.k; }
+  Gemm at(int64_t i) const override {
     Gemm g = first;
     g.a.offset = a.at(i);
     g.b_offset = b.at(i);
@@ -69,7 +70,7 @@ void matmul(const TensorView* t, const double* s) {
     g.out.bias_stride = bias.stride[0];
   }
   g.out.activation = static_cast<Activation>(static_cast<int>(s[0]));
-  run_gemm(a.dtype, source);
+  run_gemms(a.dtype, b.dtype, source);
 }
 
 }  // namespace ISOTILE_ISA

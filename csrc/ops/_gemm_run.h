@@ -1,0 +1,238 @@
+// How lists of products run: packed panels, the register tile, tasks for the threads. Included by matmul.cc only.
+//
+// One accumulation order everywhere: k is cut into chunks of Kind::kChunk; within a chunk each output element adds
+// its products one after another (pairs of them with vdpbf16ps), and the chunks' sums are added in order. The chunk
+// is a constant of the kind, so an element's bits do not depend on m, n, the batch, the strides, the blocking, the
+// path taken or the number of threads: a row of a batch equals that row alone.
+//
+// A task is a block of rows times a block of columns. Many rows: b is packed panel by panel, chunk by chunk, into
+// [step][kRegisterVecs vectors], and all row panels [step][rows] of a run over it; meanwhile the next panel is fetched
+// and packed. a is packed once for everybody when several column blocks read it. Few rows: see few_rows().
+#pragma once
+#include "base/dtype.h"
+#include "base/parallel.h"
+#include "base/scratch.h"
+#include "ops/_gemm.h"
+#include "ops/_gemm_few_rows.h"
+#include "ops/_gemm_pack.h"
+#include "ops/_gemm_tile.h"
+
+namespace isotile {
+namespace ISOTILE_ISA {
+
+// Rows are dealt evenly to the panels, so that none is much thinner than the others.
+inline int64_t panel_count(int64_t m) { return ceil_div(m, kTileRows); }
+inline int64_t panel_row(int64_t m, int64_t panel) { return panel * m / panel_count(m); }
+
+struct Blocking {
+  int64_t columns;  // of a task, a multiple of the panel's width
+  int64_t panels;   // row panels of a task, at most
+};
+
+// One thread's way through the list of all problems' parts, in order and only forward. `parts` counts them for one problem.
+struct Cursor {
+  int64_t problem = 0;
+  int64_t first = 0;     // the problem's first part in the list
+  int64_t packed = 0;    // where its packed a starts
+};
+
+template <class Kind, class Parts>
+inline void advance(Cursor* cursor, const GemmList& source, int64_t part, const Parts& parts) {
+  for (;;) {
+    const int64_t count = parts(cursor->problem);
+    if (part < cursor->first + count) return;
+    cursor->first += count;
+    cursor->packed += source.m(cursor->problem) * Kind::steps(source.k(cursor->problem));
+    ++cursor->problem;
+  }
+}
+
+// Row panel `panel` of a, chunk [k0, k0 + kc).
+template <class Kind, class Src>
+inline void pack_a_panel(const Gemm& g, int64_t panel, int64_t k0, int64_t kc, typename Kind::Packed* dst) {
+  const int64_t row = panel_row(g.m, panel), rows = panel_row(g.m, panel + 1) - row;
+  const Src* data = static_cast<const Src*>(g.a.data) + g.a.offset + k0 * g.a.col;
+  const Src* at[kTileRows];
+  for (int64_t i = 0; i < rows; ++i) at[i] = data + g.a.rows.at(row + i);
+  pack_rows<Kind>(dst, at, rows, g.a.col, kc);
+}
+
+// What depends on the operands' dtypes besides the kind of arithmetic.
+template <class Kind>
+struct Packers {
+  void (*pack_a)(const Gemm&, int64_t panel, int64_t k0, int64_t kc, typename Kind::Packed*);
+  void (*pack_b)(const ColumnPanel<Kind>&, typename Kind::Packed*, int64_t part, int64_t end);
+  bool (*few_rows)(const Gemm&, int64_t n0, int64_t n1, const typename Kind::Packed* a);
+  int64_t b_item;
+};
+
+// One task: row panels [p0, p1) x columns [n0, n1). shared_a: the problem's packed a, or null to pack it here.
+template <class Kind>
+inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, int64_t p1, int64_t n0, int64_t n1,
+                     const typename Kind::Packed* shared_a) {
+  using Acc = typename Kind::Acc;
+  using Packed = typename Kind::Packed;
+  constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
+  const int64_t m0 = panel_row(g.m, p0), rows = panel_row(g.m, p1) - m0;
+  const int64_t chunks = g.k == 0 ? 1 : ceil_div(g.k, Kind::kChunk);
+  const int64_t most_steps = Kind::steps(least(g.k, Kind::kChunk));
+  const int64_t width = ceil_div(n1 - n0, Kind::kLanes) * Kind::kLanes;
+  const bool in_place = g.out.plain(Kind::kAccType) && g.out.y.rows.even();
+  const int64_t y_step = g.out.y.rows.step();
+  const bool keep = chunks > 1 && !(in_place && width == n1 - n0);
+
+  Scratch<Packed> b_packed(2 * kWidth * most_steps);
+  Scratch<Packed> a_packed(shared_a == nullptr ? rows * most_steps : 0);
+  Scratch<Acc> sums(keep ? rows * width : kTileRows * kWidth);
+
+  // All panels of b, chunk after chunk. While one is multiplied, the next is fetched and packed part by part.
+  const int64_t across = ceil_div(n1 - n0, kWidth), total = across * chunks, panels = p1 - p0;
+  using Panel = ColumnPanel<Kind>;
+  const auto panel_at = [&](int64_t index) {
+    const int64_t k0 = index / across * Kind::kChunk, j = index % across * kWidth;
+    const int64_t cols = least(n1 - n0 - j, kWidth);
+    const char* at = static_cast<const char*>(g.b) + (g.b_offset + k0 * g.b_k + (n0 + j) * g.b_n) * packers.b_item;
+    return Panel{at,   packers.b_item, g.b_k, g.b_n, least(g.k - k0, Kind::kChunk),
+                 cols, ceil_div(cols, Kind::kLanes) * Kind::kLanes};
+  };
+  Panel next = panel_at(0);
+  packers.pack_b(next, b_packed.data(), 0, Panel::kParts);
+  const Packed* a = nullptr;
+  for (int64_t index = 0; index < total; ++index) {
+    const Panel panel = next;
+    const int64_t k0 = index / across * Kind::kChunk, j = index % across * kWidth, steps = Kind::steps(panel.kc);
+    const Packed* b_panel = b_packed.data() + index % 2 * kWidth * most_steps;
+    Packed* b_next = b_packed.data() + (index + 1) % 2 * kWidth * most_steps;
+    const bool more = index + 1 < total, last = k0 + Kind::kChunk >= g.k;
+    if (more) next = panel_at(index + 1);
+    if (j == 0) {
+      if (shared_a == nullptr) {
+        for (int64_t p = p0; p < p1; ++p)
+          packers.pack_a(g, p, k0, panel.kc, a_packed.data() + (panel_row(g.m, p) - m0) * steps);
+      }
+      a = shared_a == nullptr ? a_packed.data() : shared_a + g.m * Kind::steps(k0) + m0 * steps;
+    }
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t row = panel_row(g.m, p), h = panel_row(g.m, p + 1) - row;
+      const int64_t part = (p - p0) * Panel::kParts / panels, part_end = (p - p0 + 1) * Panel::kParts / panels;
+      Prefetch prefetch;
+      if (more && part_end > part) prefetch = next.prefetch(part, part_end, steps / 4);
+      const Packed* a_panel = a + (row - m0) * steps;
+      const TileFunction<Kind> tile = tile_function<Kind>(h, panel.width);
+      if (in_place && panel.cols == panel.width) {
+        Acc* y = static_cast<Acc*>(g.out.y.data) + g.out.y.offset + row * y_step + n0 + j;
+        tile(steps, a_panel, b_panel, y, y_step, k0 > 0, &prefetch);
+      } else {
+        Acc* c = keep ? sums.data() + j * rows + (row - m0) * panel.width : sums.data();
+        tile(steps, a_panel, b_panel, c, panel.width, k0 > 0, &prefetch);
+        if (last) finish(g.out, c, panel.width, row, h, n0 + j, panel.cols);
+      }
+      if (more && part_end > part) packers.pack_b(next, b_next, part, part_end);
+    }
+  }
+}
+
+template <class Kind>
+inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
+  using Packed = typename Kind::Packed;
+  constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
+  constexpr int64_t kSerialWork = 1 << 17;              // multiply-adds; below it threads cost more than they bring
+  constexpr int64_t kSharedBytes = int64_t{1} << 29;    // above it each task packs its own rows of a
+  const int64_t count = source.count(), n = source.n();
+  int64_t work = 0, packed = 0, panels = 0, most_panels = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t m = source.m(i), k = source.k(i);
+    work += m * n * most(k, 1);
+    packed += m * Kind::steps(k);
+    panels += panel_count(m);
+    most_panels = most(most_panels, panel_count(m));
+  }
+  if (n == 0 || panels == 0) return;
+  const int64_t threads = work <= kSerialWork ? 1 : num_threads();
+
+  // Columns first: they only cost a another pass over packed a; another block of rows packs b again.
+  Blocking block{2 * kWidth, least(most_panels, 340)};
+  const auto tasks = [&](int64_t columns, int64_t rows) { return ceil_div(n, columns) * ceil_div(panels, rows); };
+  if (most_panels <= ceil_div(kFewRows, kTileRows))
+    block.columns = most(kWidth, least(2048, ceil_div(ceil_div(n, 2 * threads), kWidth) * kWidth));
+  else if (tasks(block.columns, block.panels) < 4 * threads) block.columns = kWidth;
+  while (block.panels > 4 && tasks(block.columns, block.panels) < 2 * threads) block.panels = ceil_div(block.panels, 2);
+  const int64_t column_blocks = ceil_div(n, block.columns);
+  const auto row_blocks = [&](int64_t i) { return ceil_div(panel_count(source.m(i)), block.panels); };
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += row_blocks(i) * column_blocks;
+
+  const bool share = (column_blocks > 1 || most_panels <= ceil_div(kFewRows, kTileRows)) && packed * static_cast<int64_t>(sizeof(Packed)) <= kSharedBytes;
+  Scratch<Packed> shared(share ? packed : 0);
+  if (share) {
+    const auto pack = [&](int64_t begin, int64_t end) {
+      Cursor cursor;
+      int64_t current = -1;
+      Gemm g;
+      for (int64_t part = begin; part < end; ++part) {
+        advance<Kind>(&cursor, source, part, [&](int64_t i) { return panel_count(source.m(i)); });
+        if (cursor.problem != current) g = source.at(current = cursor.problem);
+        const int64_t panel = part - cursor.first, row = panel_row(g.m, panel);
+        for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
+          const int64_t kc = least(g.k - k0, Kind::kChunk);
+          packers.pack_a(g, panel, k0, kc,
+                                   shared.data() + cursor.packed + g.m * Kind::steps(k0) + row * Kind::steps(kc));
+        }
+      }
+    };
+    if (threads == 1 || packed < (1 << 15)) pack(0, panels);
+    else parallel_for(0, panels, ceil_div(panels, threads), pack);
+  }
+
+  int64_t next = 0;
+  const auto work_off = [&](int64_t, int64_t) {
+    Cursor cursor;
+    int64_t current = -1;
+    Gemm g;
+    for (;;) {
+      const int64_t part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (part >= total) return;
+      advance<Kind>(&cursor, source, part, [&](int64_t i) { return row_blocks(i) * column_blocks; });
+      if (cursor.problem != current) g = source.at(current = cursor.problem);
+      const int64_t local = part - cursor.first, rows = row_blocks(cursor.problem);
+      const int64_t p = panel_count(g.m), block_row = local % rows, column = local / rows;
+      if (share && packers.few_rows(g, column * block.columns, least(n, (column + 1) * block.columns),
+                                    shared.data() + cursor.packed))
+        continue;
+      run_task(packers, g, block_row * p / rows, (block_row + 1) * p / rows, column * block.columns,
+                          least(n, (column + 1) * block.columns), share ? shared.data() + cursor.packed : nullptr);
+    }
+  };
+  if (threads == 1 || total == 1) work_off(0, 1);
+  else parallel_for(0, least(threads, total), 1, work_off);
+}
+
+template <class Kind, class SrcA, class SrcB>
+inline void run_kind(const GemmList& list) {
+  const Packers<Kind> packers{
+      pack_a_panel<Kind, SrcA>,
+      [](const ColumnPanel<Kind>& panel, typename Kind::Packed* dst, int64_t part, int64_t end) {
+        panel.template pack<SrcB>(dst, part, end);
+      },
+      few_rows<Kind, SrcB>,
+      static_cast<int64_t>(sizeof(SrcB)),
+  };
+  run_list<Kind>(list, packers);
+}
+
+void run_gemms(DType a, DType b, const GemmList& list) {
+#if ISOTILE_HAS_BF16_DOT
+  if (a == DType::kBFloat16 && b == DType::kBFloat16) return run_kind<PairKind, BFloat16, BFloat16>(list);
+#endif
+  dispatch_float(a, [&](auto type_a) {
+    dispatch_float(b, [&](auto type_b) {
+      using A = typename decltype(type_a)::type;
+      using B = typename decltype(type_b)::type;
+      using T = decltype(Accumulator<A>() + Accumulator<B>());
+      run_kind<FloatKind<T>, A, B>(list);
+    });
+  });
+}
+
+}  // namespace ISOTILE_ISA
+}  // namespace isotile

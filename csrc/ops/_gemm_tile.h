@@ -1,0 +1,198 @@
+// The register tile of matrix products: acc [kRows][kVecs vectors] += a [step][kRows] x b [step][kVecs vectors].
+//
+// A step is one k, or a pair of them with vdpbf16ps. With 32 registers the tile is 6 x 4 vectors: 24 accumulators, 4
+// vectors of b, one broadcast of a; each load of b serves 6 products and each broadcast 4, so the products set the pace.
+#pragma once
+#include "base/dtype.h"
+#include "base/tensor_view.h"
+#include "simd/vec.h"
+
+namespace isotile {
+namespace ISOTILE_ISA {
+
+// Vectors across the register tile: 6 x 4 accumulators want 32 registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisterVecs = 4;
+#else
+constexpr int kRegisterVecs = 2;
+#endif
+
+constexpr int64_t kTileRows = 6;
+
+// A region of rows of memory to be fetched into L2, some lines (64 bytes) at each call. Empty: nothing happens.
+struct Prefetch {
+  const char* row = nullptr;
+  int64_t row_lines = 0, row_stride = 0, rows_left = 0, per_call = 0, line = 0;
+
+  ISOTILE_INLINE void next() {
+    for (int64_t i = 0; i < per_call && rows_left > 0; ++i) {
+      __builtin_prefetch(row + 64 * line, 0, 2);
+      if (++line == row_lines) {
+        line = 0;
+        row += row_stride;
+        --rows_left;
+      }
+    }
+  }
+};
+
+// float or double arithmetic; 16-bit operands are converted when they are packed.
+template <class T>
+struct FloatKind {
+  using Acc = T;
+  using Packed = T;
+  using Operand = Vec<T>;
+  static constexpr DType kAccType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+  static constexpr int kLanes = Vec<T>::kLanes;
+  static constexpr int64_t kChunk = 512;
+  static constexpr int64_t kPerStep = 1;
+  static ISOTILE_INLINE int64_t steps(int64_t k) { return k; }
+  static ISOTILE_INLINE Operand load(const Packed* p) { return Vec<T>::load(p); }
+  static ISOTILE_INLINE Operand broadcast(const Packed* p) { return Vec<T>::set1(*p); }
+  static ISOTILE_INLINE Vec<T> multiply_add(Operand a, Operand b, Vec<T> c) { return fma(a, b, c); }
+  static ISOTILE_INLINE Packed pack(const double* p, int64_t, int64_t) { return static_cast<T>(*p); }
+  static ISOTILE_INLINE Packed pack(const float* p, int64_t, int64_t) { return static_cast<T>(*p); }
+  template <class Src>
+  static ISOTILE_INLINE Packed pack(const Src* p, int64_t, int64_t) {
+    return static_cast<T>(to_float(*p));
+  }
+  // The steps at p, p + 1, ...: `count` is a multiple of the lanes.
+  template <class Src>
+  static ISOTILE_INLINE void pack_run(Packed* dst, const Src* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) Vec<T>::load(p + i).store(dst + i);
+  }
+  // One step of the n columns at p, p + 1, ..., and zeros up to the lanes.
+  template <class Src>
+  static ISOTILE_INLINE Operand lanes(const Src* p, int64_t, int64_t, int64_t n) {
+    return n >= kLanes ? Vec<T>::load(p) : Vec<T>::load(p, n);
+  }
+  static ISOTILE_INLINE void store(Operand v, Packed* p) { v.store(p); }
+#if defined(__AVX2__)
+  static ISOTILE_INLINE __m256 multiply_add_half(const float* a, __m256 b, __m256 c) {
+    return _mm256_fmadd_ps(_mm256_set1_ps(*a), b, c);
+  }
+#endif
+};
+
+#if ISOTILE_HAS_BF16_DOT
+// bfloat16 products two at a time (vdpbf16ps), float32 accumulators. The instruction takes subnormal operands as 0.
+struct PairKind {
+  using Acc = float;
+  using Packed = uint32_t;  // elements k (low half) and k + 1
+  using Operand = __m512i;
+  static constexpr DType kAccType = DType::kFloat32;
+  static constexpr int kLanes = 16;
+  static constexpr int64_t kChunk = 1024;
+  static constexpr int64_t kPerStep = 2;
+  static ISOTILE_INLINE int64_t steps(int64_t k) { return (k + 1) / 2; }
+  static ISOTILE_INLINE Operand load(const Packed* p) { return _mm512_loadu_si512(p); }
+  static ISOTILE_INLINE Operand broadcast(const Packed* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+  static ISOTILE_INLINE Vec<float> multiply_add(Operand a, Operand b, Vec<float> c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b)};
+  }
+  // left: how many of the step's elements exist.
+  static ISOTILE_INLINE Packed pack(const BFloat16* p, int64_t stride, int64_t left) {
+    return p[0].bits | (left > 1 ? static_cast<uint32_t>(p[stride].bits) << 16 : 0u);
+  }
+  static ISOTILE_INLINE void pack_run(Packed* dst, const BFloat16* p, int64_t count) {
+    __builtin_memcpy(dst, p, count * sizeof(Packed));
+  }
+  static ISOTILE_INLINE Operand lanes(const BFloat16* p, int64_t stride, int64_t left, int64_t n) {
+    const __mmask16 mask = Mask<float>::first(n).m;
+    const __m512i v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+    if (left == 1) return v;
+    return _mm512_or_si512(v, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + stride)), 16));
+  }
+  static ISOTILE_INLINE void store(Operand v, Packed* p) { _mm512_storeu_si512(p, v); }
+  static ISOTILE_INLINE __m256 multiply_add_half(const Packed* a, __m256 b, __m256 c) {
+    return _mm256_dpbf16_ps(c, (__m256bh)_mm256_set1_epi32(static_cast<int>(*a)), (__m256bh)b);
+  }
+};
+#endif
+
+// acc [kRows, kVecs vectors] += a [step][kRows] x b [step][kVecs vectors], step after step.
+template <class Kind, int kRows, int kVecs>
+struct Tile {
+  using V = Vec<typename Kind::Acc>;
+  V acc[kRows][kVecs];
+
+  ISOTILE_INLINE void clear() {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = V::zero();
+  }
+  ISOTILE_INLINE void step(const typename Kind::Packed* a, const typename Kind::Packed* b) {
+    typename Kind::Operand bv[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) bv[v] = Kind::load(b + v * Kind::kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename Kind::Operand av = Kind::broadcast(a + i);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = Kind::multiply_add(av, bv[v], acc[i][v]);
+    }
+  }
+};
+
+// c [kRows, kVecs vectors] (row stride ldc) = or += the tile's sum over `steps`. prefetch fetches what comes next.
+template <class Kind, int kRows, int kVecs>
+__attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Packed* a, const typename Kind::Packed* b,
+                                         typename Kind::Acc* c, int64_t ldc, bool add, Prefetch* prefetch) {
+  using V = Vec<typename Kind::Acc>;
+  constexpr int kWidth = kVecs * Kind::kLanes;
+  Tile<Kind, kRows, kVecs> tile;
+  tile.clear();
+  int64_t s = 0;
+  for (; s + 4 <= steps; s += 4) {
+    prefetch->next();
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      tile.step(a, b);
+      a += kRows;
+      b += kWidth;
+    }
+  }
+  for (; s < steps; ++s) {
+    tile.step(a, b);
+    a += kRows;
+    b += kWidth;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      typename Kind::Acc* at = c + i * ldc + v * Kind::kLanes;
+      (add ? V::load(at) + tile.acc[i][v] : tile.acc[i][v]).store(at);
+    }
+  }
+}
+
+template <class Kind>
+using TileFunction = void (*)(int64_t, const typename Kind::Packed*, const typename Kind::Packed*,
+                              typename Kind::Acc*, int64_t, bool, Prefetch*);
+
+template <class Kind, int kVecs>
+inline TileFunction<Kind> tile_with_rows(int64_t rows) {
+  switch (rows) {
+    case 1: return gemm_tile<Kind, 1, kVecs>;
+    case 2: return gemm_tile<Kind, 2, kVecs>;
+    case 3: return gemm_tile<Kind, 3, kVecs>;
+    case 4: return gemm_tile<Kind, 4, kVecs>;
+    case 5: return gemm_tile<Kind, 5, kVecs>;
+    default: return gemm_tile<Kind, 6, kVecs>;
+  }
+}
+
+template <class Kind>
+inline TileFunction<Kind> tile_function(int64_t rows, int64_t width) {
+  switch (width / Kind::kLanes) {
+    case 1: return tile_with_rows<Kind, 1>(rows);
+    case 2: return tile_with_rows<Kind, 2>(rows);
+    case 3: return tile_with_rows<Kind, kRegisterVecs < 3 ? kRegisterVecs : 3>(rows);
+    default: return tile_with_rows<Kind, kRegisterVecs>(rows);
+  }
+}
+
+}  // namespace ISOTILE_ISA
+}  // namespace isotile
