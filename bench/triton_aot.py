@@ -125,6 +125,8 @@ def attention_cases(v, bf16, f16, f32, i32, i64):
         yield "attention", f"decode b{b} h{hq}/{hk} kv{sk} d128", tensors(b, hq, hk, 1, sk, 128), plain
 
 
+PLAIN_KERNELS = ("matmul_combine_kernel", "copy_rows_kernel", "sum_partials_kernel", "attention_combine_kernel",
+                 "attention_delta_kernel")
 MATRIX_OPS = ("matmul", "grouped_matmul", "grouped_matmul_backward", "attention", "attention_backward")
 
 
@@ -137,7 +139,7 @@ def resources(compiled, kind):
             return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
 
         return {"registers": read("vgpr_count"), "spill": read("vgpr_spill_count") * 4,
-                "matrix": {"v_mfma": len(re.findall(r"\bv_mfma\w+", text))}}
+                "matrix": {"v_mfma": count} if (count := len(re.findall(r"\bv_mfma\w+", text))) else {}}
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -191,7 +193,7 @@ def verdict(row):
         return f"refused: {row['refused']}"
     if "error" in row:
         return row["error"]
-    if row["op"] in MATRIX_OPS and any(part in row["kernel"] for part in ("matmul_", "attention_forward", "attention_grad")):
+    if row["op"] in MATRIX_OPS and row["kernel"] not in PLAIN_KERNELS:
         if "f32" in row["case"] and "tf32=True" not in row["case"]:
             return None
         if not row["matrix"]:

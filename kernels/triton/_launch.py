@@ -42,9 +42,13 @@ class Descriptor:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch. Views, Scratch and Descriptors in `args` become pointers; `meta` holds the constants."""
+    """One kernel launch. Views, Scratch and Descriptors in `args` become pointers; `meta` holds the constants.
+
+    `fallback` runs instead if the memory of a Descriptor does not start on 16 bytes, which only the call itself knows.
+    """
 
     kernel: object
     grid: tuple[int, ...]
     args: tuple
     meta: dict = field(default_factory=dict)
+    fallback: tuple = ()

@@ -27,6 +27,17 @@ def architecture():
     return target.backend, target.arch
 
 
+# Multiprocessors, where no device can be asked (compiling ahead of time).
+_UNITS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170, "gfx90a": 104, "gfx942": 304, "gfx950": 256}
+
+
+def units(device):
+    """Number of multiprocessors of the device a plan is made for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _UNITS.get(architecture()[1], 132)
+
+
 def merge_loops(sizes, strides):
     """Merges loop dimensions that every tensor walks evenly; drops those of size 1.
 

@@ -16,6 +16,16 @@ def loop_offset(index, sizes, strides):
 
 
 @triton.jit
+def tile_position(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of tile `pid`: down GROUP_M rows, then the next column, so that neighbours share operands."""
+    per_group = GROUP_M * tiles_n
+    group = pid // per_group
+    first = group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (pid % per_group) % height, (pid % per_group) // height
+
+
+@triton.jit
 def tanh(x):
     """tanh to a few units in the last place: odd polynomial near zero, exponential elsewhere."""
     square = x * x
@@ -69,6 +79,26 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 6:
         z = tanh(z)
     return z
+
+
+@triton.jit
+def store_epilogue(acc, bias_ptr, residual_base, y_base, preactivation_base, residual_strides, y_strides,
+                   preactivation_strides, bias_stride, rows, cols, m, n, ACTIVATION: tl.constexpr, WIDE: tl.constexpr):
+    """Bias, preactivation, activation, residual, store. The bases point at the matrix of the batch."""
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    row_at = rows.to(tl.int64) if WIDE else rows
+    col_at = cols.to(tl.int64) if WIDE else cols
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + col_at * bias_stride, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+    if preactivation_base is not None:
+        tl.store(preactivation_base + row_at[:, None] * preactivation_strides[3] + col_at[None, :] *
+                 preactivation_strides[4], acc.to(preactivation_base.dtype.element_ty), mask=mask)
+    acc = activate(acc, ACTIVATION)
+    if residual_base is not None:
+        acc += tl.load(residual_base + row_at[:, None] * residual_strides[3] + col_at[None, :] * residual_strides[4],
+                       mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_base + row_at[:, None] * y_strides[3] + col_at[None, :] * y_strides[4],
+             acc.to(y_base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -90,19 +90,19 @@ def install():
 
     original_load, original_store = builder.create_masked_load, builder.create_masked_store
 
-    def masked_load(self, ptrs, mask, other, *rest):
+    def masked_load(self, ptrs, mask, other, *rest, **named):
         dtype = ptrs.get_element_ty()
         entry = codec(dtype)
         if entry is None:
-            return original_load(self, ptrs, mask, other, *rest)
+            return original_load(self, ptrs, mask, other, *rest, **named)
         raw, _, encode, decode = entry
         fill = np.zeros(ptrs.data.shape, raw) if other is None else encode(np.ascontiguousarray(other.data, np.float32))
         return handle_type(decode(interp._interpreter.load(ptrs.data, mask.data, fill, np.dtype(raw))), dtype)
 
-    def masked_store(self, ptrs, value, mask, *rest):
+    def masked_store(self, ptrs, value, mask, *rest, **named):
         entry = codec(value.dtype)
         if entry is None:
-            return original_store(self, ptrs, value, mask, *rest)
+            return original_store(self, ptrs, value, mask, *rest, **named)
         return interp._interpreter.store(ptrs.data, entry[2](np.ascontiguousarray(value.data, np.float32)), mask.data)
 
     def cast(self, src, dst_type, *_):
