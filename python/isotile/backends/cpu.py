@@ -66,7 +66,11 @@ def instruction_set() -> str:
 
 
 class CpuBackend:
-    name = "cpu"
+    """The kernels of one instruction set: `isa`, or `ISOTILE_CPU_ISA`, or the best that this CPU runs."""
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.name = "cpu" if isa is None else f"cpu[{isa}]"
+        self.isa = isa
 
     def serves(self, device_type: str) -> bool:
         return device_type == "cpu"
@@ -92,7 +96,7 @@ class CpuBackend:
         lowered = request.lowered
         slots = [*lowered.tensors.values(), *lowered.outs.values()]
         plan = module.plan(
-            instruction_set(), lowered.kernel, [_describe(v) for v in slots], list(lowered.scalars.values())
+            self.isa or instruction_set(), lowered.kernel, [_describe(v) for v in slots], list(lowered.scalars.values())
         )
         names = (*request.spec.tensors, *request.spec.results)
         order = [None if v is None else names.index(v.source) for v in slots]

@@ -65,3 +65,9 @@ def exact_inputs(args: SimpleNamespace) -> tuple[torch.Tensor, int]:
 def default_eps(eps: float | None, dtype: torch.dtype) -> float:
     """rms_norm's eps: as `torch.nn.functional.rms_norm`, the machine epsilon of the input's dtype if not given."""
     return torch.finfo(dtype).eps if eps is None else eps
+
+
+def upstream(saved: SimpleNamespace, grads: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of y (zeros where only the sum was used), and what was normalised."""
+    x = saved.sum if saved.overload == "residual" else saved.x
+    return torch.zeros_like(x) if grads["y"] is None else grads["y"], x

@@ -48,8 +48,7 @@ def _gradient(saved, grads, needs):
 
     grad_x, grad_weight, grad_bias = call(
         "layer_norm_backward",
-        grads["y"],
-        saved.sum if saved.overload == "residual" else saved.x,
+        *_norm.upstream(saved, grads),
         saved.normalized_shape,
         saved.weight,
         saved.eps,

@@ -83,7 +83,7 @@ SPEC = OpSpec(
     },
     results={
         "y": Result("... n", ("out_dtype", "x")),
-        "preactivation": Result("... n", ("out_dtype", "x"), when="preactivation", differentiable=False),
+        "preactivation": Result("... n", ("out_dtype", "x"), when="preactivation"),
     },
     lower=_lower,
     error=ErrorModel(_error),

@@ -49,12 +49,14 @@ def epilogue_gradient(saved, grads, needs, recompute):
     """
     from ..library import call
 
-    grad = grads["y"]
-    if saved.activation is None:
+    grad, direct = grads["y"], grads.get("preactivation")  # the latter only while differentiating twice
+    if saved.activation is None or grad is None:
         grad_z = grad
     else:
         z = saved.preactivation if saved.overload == "preactivation" else recompute()
         grad_z = call("matmul_epilogue_backward", grad, z, saved.activation)[0]
+    if direct is not None:
+        grad_z = direct if grad_z is None else grad_z + direct
     found = {"residual": grad}
     if needs["bias"]:
         wide = torch.float64 if grad_z.dtype == torch.float64 else torch.float32
@@ -158,7 +160,7 @@ SPEC = OpSpec(
     },
     results={
         "y": Result("... m? n?", ("out_dtype", "a")),
-        "preactivation": Result("... m? n?", ("out_dtype", "a"), when="preactivation", differentiable=False),
+        "preactivation": Result("... m? n?", ("out_dtype", "a"), when="preactivation"),
     },
     requires=(("bias", "None, since b is 1-D", lambda d, s: "n" not in d.absent or s.bias is None),),
     lower=_lower,

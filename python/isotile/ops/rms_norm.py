@@ -41,8 +41,7 @@ def _gradient(saved, grads, needs):
 
     grad_x, grad_weight = call(
         "rms_norm_backward",
-        grads["y"],
-        saved.sum if saved.overload == "residual" else saved.x,
+        *_norm.upstream(saved, grads),
         saved.normalized_shape,
         saved.weight,
         saved.eps,

@@ -1,0 +1,299 @@
+"""Recipes: JSON descriptions of calls, drawn by hypothesis from a spec, and the tensors that they build."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import registry, shapes
+from ..spec import FLOATS, OpSpec, Scalar, Tensor
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+#: Sizes around the tiles that kernels use, and awkward ones.
+SIZES = (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 191, 257)
+LOOPS = (0, 1, 1, 2, 3, 4)
+#: Elements of the largest product of dimensions that one example may have.
+BUDGET = 1 << 16
+KINDS = ("normal", "large", "tiny", "mixed", "integers", "specials")
+LAYOUTS = ("contiguous", "transposed", "sliced", "stepped", "expanded", "offset")
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.bool, torch.int32, torch.int64)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def recipes(spec: OpSpec, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) -> SearchStrategy[dict[str, Any]]:
+    """A strategy of recipes for `spec` whose first tensor has `dtype`."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_recipe(draw: Any) -> dict[str, Any]:
+        kind = draw(st.sampled_from(kinds))
+        scalars = {
+            name: draw(st.sampled_from(_samples(scalar)))
+            for name, scalar in spec.scalars.items()
+            if scalar.star is None and name != "dim"
+        }
+        present = [
+            name for name, arg in spec.tensors.items() if not arg.optional or draw(st.booleans())
+        ]
+        if scalars.get("need_mask") and "attn_mask" not in present:
+            scalars["need_mask"] = False
+        if scalars.get("need_sinks") and "sinks" not in present:
+            scalars["need_sinks"] = False
+        if scalars.get("dropout_p") and "dropout_seed" not in present:
+            present.append("dropout_seed")
+        loop = draw(st.lists(st.sampled_from(LOOPS), max_size=3))
+        budget = BUDGET // max(1, math.prod(loop))
+        sizes: dict[str, Any] = {}
+        names = _core_names(spec, present)
+        for name in sorted(names, key=lambda _: draw(st.integers(0, 9))):
+            allowed = [s for s in SIZES if s <= max(1, min(budget, _limit(spec, name)))]
+            sizes[name] = draw(st.sampled_from(allowed))
+            budget //= max(1, sizes[name])
+        stars = {n for n in names if any(a.pattern.star == n for a in spec.tensors.values())}
+        groups = {}
+        for name in sorted(stars):
+            size = sizes.pop(name)
+            groups[name] = draw(st.sampled_from([[size], [size, 1], [1, size], [2, size], [size, 3]]))
+        if "hk" in sizes:
+            sizes["hk"] = draw(st.sampled_from([1, 2, 3]))
+            sizes["hq"] = sizes["hk"] * draw(st.sampled_from([1, 2, 4]))
+        if "one" in sizes:
+            sizes["one"] = 1
+        absent = []
+        for name, arg in spec.tensors.items():
+            if name in present and arg.pattern.optional and not arg.broadcast and draw(st.integers(0, 5)) == 0:
+                absent.append(arg.pattern.optional[0])
+        if "n" in absent and "bias" in present:
+            present.remove("bias")
+        tensors = {}
+        for name in present:
+            arg = spec.tensors[name]
+            rank = len(loop)
+            lead = list(loop)
+            lacks = [o for o in arg.pattern.optional if o in absent]
+            if arg.pattern.loop and not spec.internal and "dim" not in spec.scalars:
+                if lacks and not arg.broadcast:
+                    lead = []
+                elif rank and draw(st.integers(0, 3)) == 0:
+                    lead = lead[draw(st.integers(0, rank)) :]
+                    lead = [1 if draw(st.booleans()) else s for s in lead]
+            tensors[name] = {
+                "loop": lead,
+                "layout": draw(st.sampled_from(LAYOUTS)),
+                "dtype": dtype_name(_draw_dtype(draw, st, spec, arg, name, dtype)),
+            }
+            if arg.broadcast:
+                tensors[name]["ones"] = draw(st.lists(st.booleans(), min_size=6, max_size=6))
+        if scalars.get("need_mask") and tensors["attn_mask"]["dtype"] == "bool":
+            scalars["need_mask"] = False
+        if "dim" in spec.scalars:
+            bound = max(1, len(loop))
+            scalars["dim"] = draw(st.integers(-bound, bound - 1))
+        switches = [o for o in spec.overloads if o in spec.args]
+        overload = next((s for s in switches if s in present), "default")
+        free = [o for o in spec.overloads if o not in spec.args and o != "default"]
+        if free and draw(st.integers(0, 3)) == 0:
+            overload = free[0]
+        return {
+            "op": spec.name,
+            "overload": overload,
+            "dtype": dtype_name(dtype),
+            "kind": kind,
+            "sizes": sizes,
+            "groups": groups,
+            "absent": absent,
+            "tensors": tensors,
+            "scalars": {n: dtype_name(v) if isinstance(v, torch.dtype) else v for n, v in scalars.items()},
+            "out": draw(st.sampled_from(("contiguous", "contiguous", "transposed", "sliced"))),
+            "seed": draw(st.integers(0, 2**31 - 1)),
+        }
+
+    return draw_recipe()
+
+
+def _samples(scalar: Scalar) -> tuple[Any, ...]:
+    if scalar.samples is not None:
+        return scalar.samples
+    if scalar.choices is not None:
+        return scalar.choices
+    if scalar.type == "bool":
+        return (False, True)
+    raise ValueError(f"a scalar of type {scalar.type} needs samples to draw from")
+
+
+def _core_names(spec: OpSpec, present: list[str]) -> list[str]:
+    return list(dict.fromkeys(n for p in present for n in spec.tensors[p].pattern.names))
+
+
+def _limit(spec: OpSpec, name: str) -> int:
+    if name in ("groups", "hk", "hq"):
+        return 8
+    return max(SIZES)
+
+
+def _draw_dtype(draw: Any, st: Any, spec: OpSpec, arg: Tensor, name: str, dtype: torch.dtype) -> torch.dtype:
+    if arg.same_as is not None or name == next(iter(spec.tensors)):
+        return dtype
+    if dtype in arg.dtypes:
+        if arg.dtypes == FLOATS and name in _primary(spec):
+            return dtype
+        narrow = [d for d in arg.dtypes if d != torch.float64 or dtype == torch.float64]
+        return dtype if draw(st.integers(0, 2)) else draw(st.sampled_from(narrow))
+    return arg.dtypes[0]
+
+
+def _primary(spec: OpSpec) -> set[str]:
+    """Arguments that others take their dtype from."""
+    return {a.same_as for a in spec.tensors.values() if a.same_as is not None}
+
+
+@dataclasses.dataclass
+class Call:
+    """A recipe's tensors: the operator's arguments by name, and the buffers that they live in."""
+
+    spec: OpSpec
+    overload: str
+    values: dict[str, Any]
+    dims: shapes.Dims
+
+
+def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
+    """The tensors and scalars of a recipe. Memory between the elements of a strided layout holds NaN."""
+    spec = registry.spec(recipe["op"])
+    generator = torch.Generator().manual_seed(recipe["seed"])
+    values: dict[str, Any] = {}
+    for name, scalar in spec.scalars.items():
+        if scalar.star is not None:
+            values[name] = tuple(recipe["groups"][scalar.star])
+        else:
+            value = recipe["scalars"].get(name, spec.signature.parameters[name].default)
+            values[name] = _DTYPES[value] if scalar.type == "ScalarType?" and isinstance(value, str) else value
+    full = shapes.Dims(
+        {**recipe["sizes"], **{n: math.prod(g) for n, g in recipe["groups"].items()}, **dict.fromkeys(recipe["absent"], 1)},
+        {n: tuple(g) for n, g in recipe["groups"].items()},
+        set(recipe["absent"]),
+        (),
+    )
+    loops = [
+        tuple(t["loop"]) for n, t in recipe["tensors"].items() if spec.tensors[n].pattern.loop
+    ]
+    merged = shapes.merge_loops(loops, lambda a, b: a == b)
+    assert merged is not None
+    full.loop = merged
+    for name, arg in spec.tensors.items():
+        described = recipe["tensors"].get(name)
+        if described is None:
+            values[name] = None
+            continue
+        own = dataclasses.replace(full, loop=tuple(described["loop"]))
+        shape = own.shape(arg.pattern)
+        if arg.broadcast:
+            target = full.shape(arg.pattern)
+            shape = tuple(1 if one else s for one, s in zip(described["ones"], target, strict=False))
+            while shape and shape[0] == 1 and described["ones"][-1]:
+                shape = shape[1:]
+        dtype = _DTYPES[described["dtype"]]
+        values[name] = _lay_out(
+            fill(arg, shape, dtype, recipe["kind"], generator, full), described["layout"], generator
+        ).to(device)
+    _consistent(spec, values)
+    return Call(spec, recipe["overload"], values, full)
+
+
+def _consistent(spec: OpSpec, values: dict[str, Any]) -> None:
+    """A backward takes results of the forward: make those of the drawn inputs."""
+    if spec.name == "attention_backward":
+        forward = registry.spec("attention")
+        given = {n: values[n] for n in (*forward.tensors, *forward.scalars)}
+        found = forward.reference(**given)
+        for name in ("out", "lse"):
+            values[name] = found[name].to(values[name].device)
+
+
+def fill(
+    arg: Tensor, shape: tuple[int, ...], dtype: torch.dtype, kind: str, generator: torch.Generator, dims: shapes.Dims
+) -> torch.Tensor:
+    """Values of one argument: its own domain, at the recipe's scale."""
+    domain = arg.values
+    if domain.make is not None:
+        return domain.make(generator, dims).reshape(shape).to(dtype)
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if domain.low is not None and domain.high is not None:
+        base = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return (domain.low + (domain.high - domain.low) * base).to(dtype)
+    if kind == "integers":
+        return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+    base = torch.randn(shape, generator=generator, dtype=torch.float64) * domain.scale
+    half = dtype == torch.float16
+    if kind == "large":
+        base = base * (16.0 if half else 1e3)
+    elif kind == "tiny":
+        base = base * (1e-3 if half else 1e-12)
+    elif kind == "mixed":
+        spread = 1.5 if half else 4.0
+        base = base * 10.0 ** ((torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * spread)
+    result = base.to(dtype)
+    if kind == "specials" and result.numel():
+        flat = result.reshape(-1)
+        for special in (math.nan, math.inf, -math.inf):
+            if torch.rand((), generator=generator) < 0.5:
+                flat[int(torch.randint(0, flat.numel(), (), generator=generator))] = special
+    return result
+
+
+def _lay_out(dense: torch.Tensor, layout: str, generator: torch.Generator) -> torch.Tensor:
+    """The same values in another memory layout; what lies between them is NaN (or its integer stand-in)."""
+    if dense.ndim == 0 or layout == "contiguous":
+        return dense
+    if layout == "transposed":
+        order = torch.randperm(dense.ndim, generator=generator).tolist()
+        return dense.permute(order).contiguous().permute(sorted(range(dense.ndim), key=order.__getitem__))
+    if layout == "expanded":
+        if dense.numel() == 0:
+            return dense
+        axis = int(torch.randint(0, dense.ndim, (), generator=generator))
+        return dense.narrow(axis, 0, 1).contiguous().expand(dense.shape)
+    if layout == "offset":
+        buffer = _poisoned((dense.numel() + 3,), dense.dtype)
+        view = buffer[3:].view(dense.shape)
+    elif layout == "sliced":
+        buffer = _poisoned(tuple(s + 2 for s in dense.shape), dense.dtype)
+        view = buffer[tuple(slice(1, s + 1) for s in dense.shape)]
+    else:
+        buffer = _poisoned(tuple(2 * s + 1 for s in dense.shape), dense.dtype)
+        view = buffer[tuple(slice(1, 2 * s + 1, 2) for s in dense.shape)]
+    view.copy_(dense)
+    return view
+
+
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.bool:
+        return torch.ones(shape, dtype=dtype)
+    if not dtype.is_floating_point:
+        return torch.full(shape, torch.iinfo(dtype).max // 2, dtype=dtype)
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def lay_out_result(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A poisoned result of the given layout inside a guarded buffer: (result, buffer)."""
+    guard = 64
+    if layout == "sliced" and shape:
+        inner = tuple(s + 2 for s in shape)
+        buffer = _poisoned((math.prod(inner) + 2 * guard,), dtype).to(device)
+        body = buffer[guard : guard + math.prod(inner)].view(inner)
+        return body[tuple(slice(1, s + 1) for s in shape)], buffer
+    buffer = _poisoned((math.prod(shape) + 2 * guard,), dtype).to(device)
+    body = buffer[guard : guard + math.prod(shape)]
+    if layout == "transposed" and len(shape) > 1:
+        return body.view(*shape[:-2], shape[-1], shape[-2]).mT, buffer
+    return body.view(shape), buffer
