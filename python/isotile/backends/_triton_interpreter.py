@@ -68,7 +68,7 @@ def install():
     handle_type, builder = interp.TensorHandle, interp.InterpreterBuilder
 
     def codec(dtype):
-        return None if isinstance(dtype, tl.pointer_type) else codecs.get(dtype.scalar)
+        return None if isinstance(dtype.scalar, tl.pointer_type) else codecs.get(dtype.scalar)
 
     # A tile of one of these types is a float32 array; comparisons keep the operand's type on a bool array.
     original_post_init = handle_type.__post_init__
