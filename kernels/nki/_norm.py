@@ -1,0 +1,373 @@
+"""Row normalisation, forward and backward, shared by layer_norm (centred) and rms_norm.
+
+Rows go on partitions, 128 at a time, and stay in SBUF between the passes over them. Everything is float32 on chip, rounded once on the way out. Forward, for each element: one load, one store.
+Work is split so that no engine outweighs the DMA: layer_norm's statistics run on Vector (bn_stats) and, for three
+pieces in eight, on Scalar as (count, mean, sum of squared deviations) triples that bn_aggr merges.
+"""
+
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+from ._arrays import dtype_name, refuse_dtypes, refuse_empty, rows
+from ._tiles import DTYPES, add_columns, add_other_core, column, constant, load, load_across, my_tiles, sum_partitions
+
+CHUNK = 4096  # columns of one load
+RESIDENT = 8192  # columns of weight and bias kept on chip for all rows
+WIDEST_BYTES = 65536  # a row tile stays in SBUF between its passes
+BACKWARD_WIDEST = 8192  # float32 accumulators of two weight gradients: 64 KiB of each partition
+
+
+def _centred_stats(stats, index, data, start, stop, on_scalar):
+    """Write the triples of data[:, start:stop] into stats; returns how many triples."""
+    p = data.shape[0]
+    if on_scalar == 0:
+        nisa.bn_stats(dst=stats[:, 3 * index : 3 * index + 6], data=data[:, start:stop])
+        return 2
+    count = stop - start
+    junk = nl.ndarray((p, count), nl.float32, buffer=nl.sbuf)
+    minus_mean = column(p)
+    nisa.activation(
+        dst=junk,
+        op=nl.copy,
+        data=data[:, start:stop],
+        scale=-1.0 / count,
+        reduce_op=nl.add,
+        reduce_res=minus_mean,
+        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+    )
+    nisa.memset(dst=stats[:, 3 * index : 3 * index + 1], value=float(count))
+    nisa.tensor_scalar(
+        dst=stats[:, 3 * index + 1 : 3 * index + 2], data=minus_mean, op0=nl.multiply, operand0=-1.0
+    )
+    nisa.activation(
+        dst=junk,
+        op=nl.square,
+        data=data[:, start:stop],
+        bias=minus_mean,
+        reduce_op=nl.add,
+        reduce_res=stats[:, 3 * index + 2 : 3 * index + 3],
+        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+    )
+    return 1
+
+
+def _inverse_deviation(variance, eps):
+    """1 / sqrt(variance + eps), [P, 1]."""
+    p = variance.shape[0]
+    rstd = column(p)
+    nisa.activation(dst=rstd, op=nl.rsqrt, data=variance, bias=constant(p, 1, eps, nl.float32))
+    return rstd
+
+
+def _pieces(width):
+    pieces = []
+    for start in range(0, width, 512):
+        pieces.append((start, min(width, start + 512)))
+    return pieces
+
+
+def _statistics(chunks, n, centred, eps):
+    """(mean, rstd) of a row tile from its chunks, [P, 1] each; the mean is 0 columns wide and unused if not centred."""
+    p = chunks[0].shape[0]
+    if centred:
+        stats = nl.ndarray((p, 6 * ((n + 511) // 512 + len(chunks))), nl.float32, buffer=nl.sbuf)
+        triples = 0
+        piece = 0
+        for data in chunks:
+            for start, stop in _pieces(data.shape[1]):
+                on_scalar = 1 if stop - start == 512 and piece % 8 in (1, 4, 6) else 0
+                triples += _centred_stats(stats, triples, data, start, stop, on_scalar)
+                piece += 1
+        both = nl.ndarray((p, 2), nl.float32, buffer=nl.sbuf)
+        nisa.bn_aggr(dst=both, data=stats[:, 0 : 3 * triples])
+        return both[:, 0:1], _inverse_deviation(both[:, 1:2], eps)
+    partials = nl.ndarray((p, len(chunks)), nl.float32, buffer=nl.sbuf)
+    for i in range(len(chunks)):
+        junk = nl.ndarray(chunks[i].shape, nl.float32, buffer=nl.sbuf)
+        nisa.activation(
+            dst=junk,
+            op=nl.square,
+            data=chunks[i],
+            reduce_op=nl.add,
+            reduce_res=partials[:, i : i + 1],
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+        )
+    mean_square = column(p)
+    total = add_columns(partials, len(chunks))
+    nisa.tensor_scalar(dst=mean_square, data=total, op0=nl.multiply, operand0=1.0 / n)
+    return mean_square, _inverse_deviation(mean_square, eps)
+
+
+def _weight_tile(weight, p, start, stop, offset):
+    """weight + offset for these columns on every partition; in the weight's own dtype where no offset is added."""
+    tile_sbuf = load_across(weight, p, start, stop, weight.dtype)
+    if offset == 0.0:
+        return tile_sbuf
+    wide_sbuf = nl.ndarray((p, stop - start), nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=wide_sbuf, data=tile_sbuf, op0=nl.add, operand0=offset)
+    return wide_sbuf
+
+
+def _apply(y, s, mean, rstd, w, b, centred, has_weight, has_bias):
+    """y = (s - mean) * rstd * w + b on one chunk, rounded once."""
+    shape = s.shape
+    if centred and has_weight:
+        scaled = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+        nisa.scalar_tensor_tensor(dst=scaled, data=s, op0=nl.subtract, operand0=mean, op1=nl.multiply, operand1=w)
+        if has_bias:
+            shifted = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+            nisa.activation(dst=shifted, op=nl.copy, data=scaled, scale=rstd)
+            nisa.tensor_tensor(dst=y, data1=shifted, data2=b, op=nl.add, engine=nisa.engine.gpsimd)
+        else:
+            nisa.activation(dst=y, op=nl.copy, data=scaled, scale=rstd)
+    elif centred:
+        if has_bias:
+            centre = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+            nisa.tensor_scalar(dst=centre, data=s, op0=nl.subtract, operand0=mean)
+            nisa.scalar_tensor_tensor(dst=y, data=centre, op0=nl.multiply, operand0=rstd, op1=nl.add, operand1=b)
+        else:
+            nisa.tensor_scalar(
+                dst=y, data=s, op0=nl.subtract, operand0=mean, op1=nl.multiply, operand1=rstd
+            )
+    elif has_weight:
+        nisa.scalar_tensor_tensor(dst=y, data=s, op0=nl.multiply, operand0=rstd, op1=nl.multiply, operand1=w)
+    else:
+        nisa.tensor_scalar(dst=y, data=s, op0=nl.multiply, operand0=rstd)
+
+
+@nki.jit
+def norm_kernel(x, weight, bias, residual, eps, weight_offset, centred, has_weight, has_bias, has_residual):
+    """x, residual: [rows, n]; weight, bias: [1, n] -> y [rows, n], and x + residual where there is one."""
+    total, n = x.shape
+    y_hbm = nl.ndarray((total, n), x.dtype, buffer=nl.shared_hbm)
+    sum_hbm = y_hbm
+    if has_residual:
+        sum_hbm = nl.ndarray((total, n), x.dtype, buffer=nl.shared_hbm)
+    width = min(n, CHUNK)
+    starts = range(0, n, width)
+    resident = n <= RESIDENT
+    weights = []
+    biases = []
+    if resident:
+        for c in starts:
+            stop = min(n, c + width)
+            if has_weight:
+                weights.append(_weight_tile(weight, 128, c, stop, weight_offset))
+            if has_bias:
+                biases.append(load_across(bias, 128, c, stop, bias.dtype))
+    first, last = my_tiles(total, 128)
+    for r in range(first, last, 128):
+        end = min(last, r + 128)
+        p = end - r
+        chunks = []
+        for c in starts:
+            stop = min(n, c + width)
+            s = load(x[r:end, c:stop], x.dtype)
+            if has_residual:
+                other = load(residual[r:end, c:stop], x.dtype)
+                joined = nl.ndarray((p, stop - c), x.dtype, buffer=nl.sbuf)
+                nisa.tensor_tensor(dst=joined, data1=s, data2=other, op=nl.add)
+                nisa.dma_copy(dst=sum_hbm[r:end, c:stop], src=joined)
+                s = joined
+            chunks.append(s)
+        mean, rstd = _statistics(chunks, n, centred, eps)
+        index = 0
+        for c in starts:
+            stop = min(n, c + width)
+            w = b = mean
+            if has_weight:
+                w = weights[index][0:p] if resident else _weight_tile(weight, p, c, stop, weight_offset)
+            if has_bias:
+                b = biases[index][0:p] if resident else load_across(bias, p, c, stop, bias.dtype)
+            y = nl.ndarray((p, stop - c), x.dtype, buffer=nl.sbuf)
+            _apply(y, chunks[index], mean, rstd, w, b, centred, has_weight, has_bias)
+            nisa.dma_copy(dst=y_hbm[r:end, c:stop], src=y)
+            index += 1
+    if has_residual:
+        return y_hbm, sum_hbm
+    return y_hbm
+
+
+@nki.jit
+def norm_backward_kernel(
+    grad, grad_sum, x, weight, eps, weight_offset, centred, has_weight, has_grad_sum, need_x, need_weight, need_bias,
+    weight_dtype,
+):
+    """grad, grad_sum, x: [rows, n]; weight [1, n] -> grad_x [rows, n], grad_weight [1, n], grad_bias [1, n].
+
+    With g = grad * weight: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum; rms_norm has no mean(g).
+    Weight gradients add up in SBUF row tile by row tile; the 128 partitions are added at the end by a product with ones.
+    """
+    total, n = x.shape
+    outs = []
+    grad_x_hbm = grad_weight_hbm = grad_bias_hbm = x
+    if need_x:
+        grad_x_hbm = nl.ndarray((total, n), x.dtype, buffer=nl.shared_hbm)
+        outs.append(grad_x_hbm)
+    if need_weight:
+        grad_weight_hbm = nl.ndarray((1, n), DTYPES[weight_dtype], buffer=nl.shared_hbm)
+        outs.append(grad_weight_hbm)
+    if need_bias:
+        grad_bias_hbm = nl.ndarray((1, n), DTYPES[weight_dtype], buffer=nl.shared_hbm)
+        outs.append(grad_bias_hbm)
+    weight_sum = bias_sum = x
+    if need_weight:
+        weight_sum = constant(128, n, 0.0, nl.float32)
+    if need_bias:
+        bias_sum = constant(128, n, 0.0, nl.float32)
+    w_all = x
+    if has_weight:
+        w_all = _weight_tile(weight, 128, 0, n, weight_offset)
+    width = min(n, 2048)
+    starts = range(0, n, width)
+    count = len(starts)
+    first, last = my_tiles(total, 128)
+    for r in range(first, last, 128):
+        end = min(last, r + 128)
+        p = end - r
+        chunks = []
+        for c in starts:
+            chunks.append(load(x[r:end, c : min(n, c + width)], x.dtype))
+        mean, rstd = _statistics(chunks, n, centred, eps)
+        grads = []
+        hats = []
+        sum_g = nl.ndarray((p, count), nl.float32, buffer=nl.sbuf)
+        sum_gx = nl.ndarray((p, count), nl.float32, buffer=nl.sbuf)
+        for i in range(count):
+            c = starts[i]
+            stop = min(n, c + width)
+            shape = (p, stop - c)
+            upstream = load(grad[r:end, c:stop], grad.dtype)
+            xhat = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+            if centred:
+                nisa.tensor_scalar(
+                    dst=xhat, data=chunks[i], op0=nl.subtract, operand0=mean, op1=nl.multiply, operand1=rstd
+                )
+            else:
+                nisa.activation(dst=xhat, op=nl.copy, data=chunks[i], scale=rstd)
+            product = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+            if need_weight:
+                nisa.tensor_tensor(dst=product, data1=upstream, data2=xhat, op=nl.multiply)
+                held = weight_sum[0:p, c:stop]
+                nisa.tensor_tensor(dst=held, data1=held, data2=product, op=nl.add, engine=nisa.engine.gpsimd)
+            if need_bias:
+                held = bias_sum[0:p, c:stop]
+                nisa.tensor_tensor(dst=held, data1=held, data2=upstream, op=nl.add, engine=nisa.engine.gpsimd)
+            if need_x:
+                g = upstream
+                if has_weight:
+                    g = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+                    nisa.tensor_tensor(dst=g, data1=upstream, data2=w_all[0:p, c:stop], op=nl.multiply)
+                junk = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+                if centred:
+                    nisa.activation(
+                        dst=junk,
+                        op=nl.copy,
+                        data=g,
+                        reduce_op=nl.add,
+                        reduce_res=sum_g[:, i : i + 1],
+                        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                    )
+                nisa.tensor_tensor(dst=product, data1=g, data2=xhat, op=nl.multiply)
+                nisa.activation(
+                    dst=junk,
+                    op=nl.copy,
+                    data=product,
+                    reduce_op=nl.add,
+                    reduce_res=sum_gx[:, i : i + 1],
+                    reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                )
+                grads.append(g)
+                hats.append(xhat)
+        if need_x:
+            minus_mean_gx = column(p)
+            nisa.tensor_scalar(
+                dst=minus_mean_gx, data=add_columns(sum_gx, count), op0=nl.multiply, operand0=-1.0 / n
+            )
+            mean_g = column(p)
+            if centred:
+                nisa.tensor_scalar(dst=mean_g, data=add_columns(sum_g, count), op0=nl.multiply, operand0=1.0 / n)
+            for i in range(count):
+                c = starts[i]
+                stop = min(n, c + width)
+                shape = (p, stop - c)
+                inner = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+                nisa.scalar_tensor_tensor(
+                    dst=inner, data=hats[i], op0=nl.multiply, operand0=minus_mean_gx, op1=nl.add, operand1=grads[i]
+                )
+                result = nl.ndarray(shape, x.dtype, buffer=nl.sbuf)
+                scaled = result
+                if has_grad_sum:
+                    scaled = nl.ndarray(shape, nl.float32, buffer=nl.sbuf)
+                if centred:
+                    nisa.tensor_scalar(
+                        dst=scaled, data=inner, op0=nl.subtract, operand0=mean_g, op1=nl.multiply, operand1=rstd
+                    )
+                else:
+                    nisa.tensor_scalar(dst=scaled, data=inner, op0=nl.multiply, operand0=rstd)
+                if has_grad_sum:
+                    extra = load(grad_sum[r:end, c:stop], grad_sum.dtype)
+                    nisa.tensor_tensor(dst=result, data1=scaled, data2=extra, op=nl.add)
+                nisa.dma_copy(dst=grad_x_hbm[r:end, c:stop], src=result)
+    ones = constant(128, 1, 1.0, nl.float32)
+    if need_weight:
+        _store_total(grad_weight_hbm, weight_sum, ones, 0)
+    if need_bias:
+        _store_total(grad_bias_hbm, bias_sum, ones, 1)
+    return tuple(outs)
+
+
+def _store_total(dst_hbm, held, ones, pipe):
+    total = nl.ndarray((1, held.shape[1]), nl.float32, buffer=nl.sbuf)
+    sum_partitions(total, held, ones)
+    add_other_core(total, pipe)
+    if nl.program_id(0) == 0:
+        nisa.dma_copy(dst=dst_hbm, src=total)
+
+
+def _row(vector):
+    return None if vector is None else vector.reshape(1, vector.shape[-1])
+
+
+def supports_forward(x, weight, bias, residual):
+    given = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    wide = x.shape[-1] * (4 if dtype_name(x) == "float32" else 2)
+    if wide > WIDEST_BYTES:
+        return f"rows of {wide} bytes; the kernel keeps rows of at most {WIDEST_BYTES} in SBUF"
+    return refuse_dtypes(given) or refuse_empty(given)
+
+
+def run_forward(x, weight, bias, residual, *, eps, weight_offset, centred, cores):
+    """{"y": ..., "sum": ...} of arrays in the kernel form."""
+    shape = tuple(x.shape)
+    result = norm_kernel[cores](
+        rows(x), _row(weight), _row(bias), rows(residual), float(eps), float(weight_offset), centred,
+        weight is not None, bias is not None, residual is not None,
+    )  # fmt: skip
+    if residual is None:
+        return {"y": result.reshape(shape)}
+    return {"y": result[0].reshape(shape), "sum": result[1].reshape(shape)}
+
+
+def supports_backward(grad, grad_sum, x, weight):
+    given = {"grad": grad, "grad_sum": grad_sum, "x": x, "weight": weight}
+    if x.shape[-1] > BACKWARD_WIDEST:
+        return f"rows of {x.shape[-1]}; the backward kernel keeps weight gradients of at most {BACKWARD_WIDEST} in SBUF"
+    return refuse_dtypes(given) or refuse_empty(given)
+
+
+def run_backward(grad, grad_sum, x, weight, *, eps, weight_offset, centred, wanted, cores):
+    """The gradients named in `wanted`, of arrays in the kernel form."""
+    wanted = {name for name, dtype in wanted.items() if dtype}
+    names = [name for name in ("grad_x", "grad_weight", "grad_bias") if name in wanted]
+    dtype = dtype_name(x if weight is None else weight)
+    results = norm_backward_kernel[cores](
+        rows(grad), rows(grad_sum), rows(x), _row(weight), float(eps), float(weight_offset), centred,
+        weight is not None, grad_sum is not None, "grad_x" in wanted, "grad_weight" in wanted, "grad_bias" in wanted, dtype,
+    )  # fmt: skip
+    found = dict(zip(names, results, strict=True))
+    for name, shape in (("grad_x", x.shape), ("grad_weight", x.shape[-1:]), ("grad_bias", x.shape[-1:])):
+        if name in found:
+            found[name] = found[name].reshape(tuple(shape))
+    return found
