@@ -5,7 +5,11 @@
 // once, then takes six rows at a time through scores, exponentials and the product with v while they are in L1. Blocks
 // of keys begin at fixed multiples of a size that depends on the head dims only, and skipping hidden keys adds nothing,
 // so a row's result depends neither on the other rows nor on the number of threads.
+#include <type_traits>
+
 #include "ops/_attention.h"
+#include "ops/_attention_decode.h"
+#include "ops/_attention_softmax.h"
 
 namespace isotile::ISOTILE_ISA {
 namespace attention_detail {
@@ -21,46 +25,12 @@ int64_t forward_block_keys(int64_t d, int64_t dv) {
   return keys;
 }
 
-// One row's step over a block: score[c0, c1) -> probabilities (relative to the new maximum, exponent of 2), dropped and
-// rounded into `weights`. Returns the factor for what was summed before.
-template <class T>
-Accumulator<T> softmax_step(const Problem& p, const Row& row, int64_t b, int64_t k0, int64_t c0, int64_t c1, Accumulator<T>* score,
-                            Accumulator<T>* keep, typename Packed<T>::Elem* weights, Accumulator<T>* maximum,
-                            Accumulator<T>* sum) {
-  using A = Accumulator<T>;
-  using V = Vec<A>;
-  const A inf = static_cast<A>(__builtin_inf());
-  finish_scores<A>(p, row, k0, c0, c1, score, nullptr);
-  V most = V::set1(-inf);
-  for (int64_t i = c0; i < c1; i += V::kLanes) most = max(most, V::load(score + i));
-  const A factor = static_cast<A>(p.exp2_factor), here = reduce_max(most) * factor;
-  const A old = *maximum, now = here > old || here != here ? here : old;
-  const A base = now == -inf ? A{0} : now;
-  const V vfactor = V::set1(factor), vbase = V::set1(-base);
-  V total = V::zero();
-  const bool drop = p.drop_below != 0;
-  if (drop) draw_keep<A>(p, row, b, k0, c0, c1, keep);
-  for (int64_t i = c0; i < c1; i += V::kLanes) {
-    V w = exp2(fma(V::load(score + i), vfactor, vbase));
-    total = total + w;
-    if (drop) w = w * V::load(keep + i);
-    if constexpr (Packed<T>::kPair == 1) {
-      w.store(weights + i);
-    } else {
-      w.store(reinterpret_cast<BFloat16*>(weights) + i);
-    }
-  }
-  const A correction = exp2_scalar(old - base);
-  *maximum = now;
-  *sum = *sum * correction + reduce_add(total);
-  return correction;
-}
-
 template <class T>
 struct ForwardTask {
   using P = Packed<T>;
   using A = typename P::Acc;
   using W = typename P::Word;
+  using Weight = std::conditional_t<P::kPair == 1, A, BFloat16>;
 
   const Problem& p;
   const TensorView &out, &lse;
@@ -101,15 +71,7 @@ struct ForwardTask {
         continue;
       }
       rows[r] = group.row(first + r);
-      maximum[r] = -static_cast<A>(__builtin_inf());
-      sum[r] = 0;
-      if (p.sinks) {
-        const A sink = static_cast<A>(float_at(*p.sinks, rows[r].head * p.sinks->stride[0]) * kLog2E);
-        if (sink != maximum[r]) {
-          maximum[r] = sink;
-          sum[r] = 1 + (sink - sink);  // NaN for what is not finite
-        }
-      }
+      start_row<A>(p, rows[r], maximum + r, sum + r);
       if (rows[r].hi > rows[r].lo) {
         lo = min64(lo, rows[r].lo);
         hi = max64(hi, rows[r].hi);
@@ -139,8 +101,8 @@ struct ForwardTask {
         A correction[kTileRows];
         W* strip_weights = P::kPair == 1 ? reinterpret_cast<W*>(scores) : weights;
         for (int64_t r = 0; r < kTileRows; ++r) {
-          typename P::Elem* w = reinterpret_cast<typename P::Elem*>(strip_weights) + r * block;
-          correction[r] = softmax_step<T>(p, rows[s + r], b, k0, c0, c1, scores + r * block, keep, w, maximum + s + r,
+          Weight* w = reinterpret_cast<Weight*>(strip_weights) + r * block;
+          correction[r] = softmax_step<A>(p, rows[s + r], b, k0, c0, c1, scores + r * block, keep, w, maximum + s + r,
                                           sum + s + r);
         }
         tile_rows<T, Start::kScale>(strip_weights + c0 / P::kPair, block / P::kPair, 1, v + c0 / P::kPair * v_columns, v_columns,
@@ -154,37 +116,14 @@ struct ForwardTask {
         }
       }
     }
-    const RowSource<T> out_rows = group.queries_of<T>(out);
-    for (int64_t r = 0; r < count; ++r) {
-      const A factor = sum[r] == 0 ? A{0} : static_cast<A>(p.keep_scale) / sum[r];
-      T* to = const_cast<T*>(out_rows.row(first + r));
-      const A* acc = o + r * v_columns;
-      for (int64_t i = 0; i < p.dv; i += Vec<A>::kLanes) {
-        const Vec<A> x = Vec<A>::load(acc + i) * Vec<A>::set1(factor);
-        const int left = static_cast<int>(min64(Vec<A>::kLanes, p.dv - i));
-        if (out_rows.stride_col == 1) {
-          x.store(to + i, left);
-        } else {
-          x.store_strided(to + i * out_rows.stride_col, out_rows.stride_col, left);
-        }
-      }
-      if (lse.present()) set_float(lse, group.row_offset(lse, rows[r]), row_lse(rows[r], maximum[r], sum[r]));
-    }
-  }
-
-  double row_lse(const Row& row, A maximum, A sum) const {
-    if (sum == 0) return -__builtin_inf();
-    if (p.sinks && sum == 1) {
-      const double sink = float_at(*p.sinks, row.head * p.sinks->stride[0]);
-      if (maximum == static_cast<A>(sink * kLog2E)) return sink;  // nothing visible beside it: exactly the sink
-    }
-    return static_cast<double>(maximum) * kLn2 + __builtin_log(static_cast<double>(sum));
+    for (int64_t r = 0; r < count; ++r) finish_row<T>(p, group, rows[r], first + r, maximum[r], sum[r], o + r * v_columns, out, lse);
   }
 };
 
 template <class T>
 void forward(const Problem& p, const TensorView& out, const TensorView& lse) {
   if (p.batch * p.hk * p.rows == 0) return;
+  if (decodes<T>(p)) return decode<T>(p, out, lse);
   const ForwardTask<T> task{p, out, lse, forward_block_keys<T>(p.d, p.dv)};
   int64_t rows = kMaxRows;
   while (rows > 48 && p.batch * p.hk * ((p.rows + rows - 1) / rows) < 4 * num_threads()) rows /= 2;
