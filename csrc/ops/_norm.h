@@ -22,16 +22,19 @@ ISOTILE_INLINE RowStatistics<Accumulator<T>> row_statistics(const T* x, int64_t 
   const double count = static_cast<double>(n);
   if constexpr (!kCentered) {
     double squares[1];
-    row_reduce<1>(x, n, squares, [](V v, V* sums) { sums[0] = fma(v, v, sums[0]); });
+    row_reduce<A, 1>(n, squares, [x](auto at, V* sums) {
+      const V v = at.load(x);
+      sums[0] = fma(v, v, sums[0]);
+    });
     return {A(0), A(0), static_cast<A>(1.0 / __builtin_sqrt(squares[0] / count + eps))};
   } else {
     double total[1];
-    row_reduce<1>(x, n, total, [](V v, V* sums) { sums[0] += v; });
+    row_reduce<A, 1>(n, total, [x](auto at, V* sums) { sums[0] += at.load(x); });
     const A mean = static_cast<A>(total[0] / count);
     const V m = V::set1(mean);
     double moments[2];
-    row_reduce<2>(x, n, moments, [m](V v, V* sums) {
-      const V d = v - m;
+    row_reduce<A, 2>(n, moments, [x, m](auto at, V* sums) {
+      const V d = at.load(x) - m;
       sums[0] += d;
       sums[1] = fma(d, d, sums[1]);
     });
@@ -56,30 +59,21 @@ ISOTILE_INLINE void write_normalised(const T* x, T* y, const Accumulator<T>* wei
                                      int64_t n, const RowStatistics<Accumulator<T>>& row) {
   using V = Vec<Accumulator<T>>;
   const V mean = V::set1(row.mean), rest = V::set1(row.mean_rest), scale = V::set1(row.scale);
-  int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) {
-    V v = (V::load(x + i) - mean - rest) * scale;
-    if constexpr (kAffine) v = fma(v, V::load(weight + i), V::load(bias + i));
+  for_lanes<Accumulator<T>>(n, [&](auto at) {
+    V v = (at.load(x) - mean - rest) * scale;
+    if constexpr (kAffine) v = fma(v, at.load(weight), at.load(bias));
     if constexpr (kStream) {
-      v.stream(y + i);
+      at.stream(v, y);
     } else {
-      v.store(y + i);
+      at.store(v, y);
     }
-  }
-  if (i < n) {
-    V v = (V::load(x + i, n - i) - mean - rest) * scale;
-    if constexpr (kAffine) v = fma(v, V::load(weight + i, n - i), V::load(bias + i, n - i));
-    v.store(y + i, n - i);
-  }
+  });
 }
 
 // sum = x + residual, rounded to T.
 template <class T>
 ISOTILE_INLINE void add_rows(const T* x, const T* residual, T* sum, int64_t n) {
-  using V = Vec<Accumulator<T>>;
-  int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) (V::load(x + i) + V::load(residual + i)).store(sum + i);
-  if (i < n) (V::load(x + i, n - i) + V::load(residual + i, n - i)).store(sum + i, n - i);
+  for_lanes<Accumulator<T>>(n, [&](auto at) { at.store(at.load(x) + at.load(residual), sum); });
 }
 
 template <bool kCentered, bool kAffine, class T>

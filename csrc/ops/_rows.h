@@ -152,37 +152,80 @@ class Parameter {
   const A* data_;
 };
 
-// f(v, sums) adds one vector's terms to kSums accumulators; out[k] is their total over the row. Four accumulators take
-// turns, and every kChunk elements go to a double, so that the error does not grow with n. The order is a function of
-// n alone.
-template <int kSums, class T, class F>
-ISOTILE_INLINE void row_reduce(const T* p, int64_t n, double (&out)[kSums], const F& f) {
-  using V = Vec<Accumulator<T>>;
+// One vector's worth of a row at element i: all lanes, or the first `count` at the row's end.
+template <class A>
+struct WholeLanes {
+  int64_t i;
+  template <class T>
+  ISOTILE_INLINE Vec<A> load(const T* row) const {
+    return Vec<A>::load(row + i);
+  }
+  template <class T>
+  ISOTILE_INLINE void store(Vec<A> v, T* row) const {
+    v.store(row + i);
+  }
+  template <class T>
+  ISOTILE_INLINE void stream(Vec<A> v, T* row) const {
+    v.stream(row + i);
+  }
+};
+template <class A>
+struct TailLanes {
+  int64_t i;
+  int64_t count;
+  template <class T>
+  ISOTILE_INLINE Vec<A> load(const T* row) const {
+    return Vec<A>::load(row + i, count);
+  }
+  template <class T>
+  ISOTILE_INLINE void store(Vec<A> v, T* row) const {
+    v.store(row + i, count);
+  }
+  template <class T>
+  ISOTILE_INLINE void stream(Vec<A> v, T* row) const {
+    v.store(row + i, count);
+  }
+};
+
+// f(at) along a row; f reads and writes through at.load and at.store.
+template <class A, class F>
+ISOTILE_INLINE void for_lanes(int64_t n, const F& f) {
+  constexpr int64_t kLanes = Vec<A>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(WholeLanes<A>{i});
+  if (i < n) f(TailLanes<A>{i, n - i});
+}
+
+// f(at, sums) adds one vector's terms to kSums accumulators; out[k] is their total over the row. kTurns accumulators
+// take turns, and every kChunk elements go to a double, so that the error does not grow with n. The order is a
+// function of n alone.
+template <class A, int kSums, int kTurns = 4, class F>
+ISOTILE_INLINE void row_reduce(int64_t n, double (&out)[kSums], const F& f) {
+  using V = Vec<A>;
   constexpr int64_t kLanes = V::kLanes;
   constexpr int64_t kChunk = 4096;
   for (int k = 0; k < kSums; ++k) out[k] = 0;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t end = n - begin < kChunk ? n : begin + kChunk;
-    V sums[4][kSums];
-    for (int u = 0; u < 4; ++u) {
+    V sums[kTurns][kSums];
+    for (int u = 0; u < kTurns; ++u) {
       for (int k = 0; k < kSums; ++k) sums[u][k] = V::zero();
     }
     int64_t i = begin;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      f(V::load(p + i), sums[0]);
-      f(V::load(p + i + kLanes), sums[1]);
-      f(V::load(p + i + 2 * kLanes), sums[2]);
-      f(V::load(p + i + 3 * kLanes), sums[3]);
+    for (; i + kTurns * kLanes <= end; i += kTurns * kLanes) {
+      for (int u = 0; u < kTurns; ++u) f(WholeLanes<A>{i + u * kLanes}, sums[u]);
     }
-    for (; i + kLanes <= end; i += kLanes) f(V::load(p + i), sums[0]);
+    for (; i + kLanes <= end; i += kLanes) f(WholeLanes<A>{i}, sums[0]);
     if (i < end) {
       V with_tail[kSums];
-      for (int k = 0; k < kSums; ++k) with_tail[k] = sums[1][k];
-      f(V::load(p + i, end - i), with_tail);
-      for (int k = 0; k < kSums; ++k) sums[1][k] = select(V::Mask::first(end - i), with_tail[k], sums[1][k]);
+      for (int k = 0; k < kSums; ++k) with_tail[k] = sums[kTurns - 1][k];
+      f(TailLanes<A>{i, end - i}, with_tail);
+      const auto present = V::Mask::first(end - i);
+      for (int k = 0; k < kSums; ++k) sums[kTurns - 1][k] = select(present, with_tail[k], sums[kTurns - 1][k]);
     }
     for (int k = 0; k < kSums; ++k) {
-      out[k] += static_cast<double>(reduce_add((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])));
+      for (int u = 1; u < kTurns; ++u) sums[0][k] += sums[u][k];
+      out[k] += static_cast<double>(reduce_add(sums[0][k]));
     }
   }
 }
