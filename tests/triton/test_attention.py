@@ -142,3 +142,52 @@ def test_empty_sizes():
         outputs = forward(tensors, scalars, torch.float32)[1]
         close(outputs["out"], out, torch.float32)
         close(outputs["lse"], lse, torch.float32, scale=4.0)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_gradients_match_float64(dtype, shape, option):
+    tensors, scalars = case(SHAPES[shape], option, dtype, "stepped" if shape == "short" else "plain")
+    q, k, v = (tensors[name] for name in ("query", "key", "value"))
+    grad_out, grad_lse = torch.randn(*q.shape[:-1], v.shape[-1]).to(dtype), torch.randn(q.shape[:-1])
+    out, lse, grads = truth(tensors, scalars, grad_out, grad_lse)
+    inputs = {name: tensors.get(name) for name in ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes",
+                                                   "seqlens_k", "dropout_seed")}
+    outputs = {f"grad_{name}": poisoned(tensors[name].shape, dtype) for name in ("query", "key", "value")}
+    outputs["grad_attn_mask"] = poisoned(tensors["attn_mask"].shape) if "attn_mask" in grads else None
+    outputs["grad_sinks"] = poisoned(tensors["sinks"].shape) if "sinks" in grads else None
+    run("attention_backward", {"grad_out": grad_out, "grad_lse": grad_lse, **inputs, "out": out.to(dtype),
+                               "lse": lse.float()}, outputs, **scalars)
+    # the score's gradient is rounded to the operands' type before its products, and delta takes the rounded result
+    unit = 64.0 if dtype == torch.float32 else 2.0**-6 / 2.0**-23 * (1 if dtype == torch.bfloat16 else 0.25) / 16
+    for name, grad in grads.items():
+        size = grad.abs().max() if grad.numel() else 1.0
+        close(outputs[f"grad_{name}"], grad, dtype, scale=unit * (size + 0.05), what=f"grad_{name}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_hidden_values_never_reach_the_gradients(dtype):
+    tensors, scalars = case(SHAPES["prefill"], "causal", dtype)
+    q, k, v = (tensors[name].clone() for name in ("query", "key", "value"))
+    grad_out = torch.randn(*q.shape[:-1], v.shape[-1]).to(dtype)
+
+    def gradients(q, k, v, grad_out):
+        forward_inputs = {**tensors, "query": q, "key": k, "value": v}
+        inputs, made = forward(forward_inputs, scalars, dtype)
+        outputs = {f"grad_{n}": poisoned(t.shape, dtype) for n, t in (("query", q), ("key", k), ("value", v))}
+        outputs["grad_attn_mask"] = outputs["grad_sinks"] = None
+        run("attention_backward", {"grad_out": grad_out, "grad_lse": None, **inputs, **made}, outputs, **scalars)
+        return outputs
+
+    clean = gradients(q, k, v, grad_out)
+    # key 70 is hidden from queries before it; query 40 hides from keys after it
+    k[:, :, 70], v[:, :, 70] = float("nan"), float("inf")
+    dirty = gradients(q, k, v, grad_out)
+    assert torch.equal(clean["grad_query"][:, :, :70], dirty["grad_query"][:, :, :70])
+    k, v = tensors["key"].clone(), tensors["value"].clone()
+    q[:, :, 40], grad_out[:, :, 41] = float("nan"), float("nan")
+    dirty = gradients(q, k, v, grad_out)
+    for name in ("grad_key", "grad_value"):
+        assert torch.equal(clean[name][:, :, 42:], dirty[name][:, :, 42:]), name
+        assert dirty[name][:, :, :40].isnan().all(), name
