@@ -180,6 +180,15 @@ def test_demo_fails_on_a_planted_bug(operator, bug, monkeypatch, capsys):
     assert "ulp from the truth, more than" in " ".join(capsys.readouterr().out.split())
 
 
+def test_demo_fails_on_nan_and_writes_it(monkeypatch, tmp_path):
+    right = isotile.softmax
+    monkeypatch.setattr(isotile, "softmax", lambda *args, **kwargs: right(*args, **kwargs) * float("nan"))
+    file = tmp_path / "demo.json"
+    assert demo.main([*QUICK, "--dtypes", "float32", "--json", str(file)]) == 1
+    row = json.loads(file.read_text())["encoder"]["rows"][1]
+    assert [a["isotile_ulps"] for a in row["agreements"] if not a["holds"]] == ["nan"]
+
+
 def test_demo_fails_on_a_backend_that_was_asked_for_and_refuses(monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise isotile.BackendError("attention: not on Sundays")

@@ -3,6 +3,7 @@
 import argparse
 import importlib.resources
 import json
+import math
 import os
 import platform
 import time
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             "failures": failures,
         }
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+            json.dump(_spell_infinities(record), file, indent=1, allow_nan=False)
     return 1 if failures else 0
 
 
@@ -179,6 +180,15 @@ def _failures(rows, asked: bool) -> list[str]:
     if rows and all(row.refusal for row in rows if row.contender != compare.TORCH):
         failures.append("no backend ran")
     return failures
+
+
+def _spell_infinities(value):
+    """`value` with NaN and infinities as strings, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {k: _spell_infinities(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_spell_infinities(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _device_name(device: torch.device) -> str:

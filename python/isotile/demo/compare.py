@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -44,8 +45,7 @@ class Row:
         return not self.refusal and self.neighbours_hold and all(a.holds for a in self.agreements)
 
     def record(self) -> dict:
-        row = asdict(self) | {"agreements": [a.record() for a in self.agreements], "agrees": self.agrees}
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        return asdict(self) | {"agreements": [a.record() for a in self.agreements], "agrees": self.agrees}
 
 
 def _ops(contender: str):
@@ -56,7 +56,7 @@ def _context(contender: str):
     return contextlib.nullcontext() if contender == TORCH else isotile.use_backend(contender)
 
 
-def _timed(contender: str, run: Callable[..., object], device: torch.device) -> tuple[float, object]:
+def _timed(contender: str, run: Callable[..., Any], device: torch.device) -> tuple[float, Any]:
     """Seconds and result of `run(ops)` by one contender."""
     with _context(contender):
         _synchronize(device)
@@ -71,13 +71,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _interleave(run: Callable[..., object], first: dict[str, float], rounds: int, device, tick) -> dict:
+def _interleave(run: Callable[..., Any], first: dict[str, float], rounds: int, device, tick) -> dict:
     """Seconds of `run` for each contender of `first`, in each round.
 
     Every round times all that still take part, and starts with another one. `first` holds the seconds of a first run.
     """
     names = list(first)
-    times = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             if r == 0 or (r + 1) * first[name] <= _SECONDS_FOR_EACH_CONTENDER:
@@ -125,7 +125,8 @@ def compare_encoder(pretrained, sentences, queries, backends, dtypes, rounds, de
     corpus_here, asked_here = (
         [(positions, batch.to(device)) for positions, batch in batches] for batches in (corpus, asked)
     )
-    rows, found = [], []
+    rows: list[Row] = []
+    found: list[dict] = []
     for dtype in dtypes:
         model = copy.deepcopy(pretrained.model).to(dtype)
         # The truth has the same, already rounded weights.
@@ -222,7 +223,7 @@ def compare_decoder(text, text_name, backends, steps, device, tick, seed=0) -> D
     truth = trainer(torch_ops, torch.float64, torch.device("cpu"))
     rows = {name: Row(name, "float32") for name in (TORCH, *backends)}
     trainers = {name: trainer(_ops(name)) for name in rows}
-    times = {name: [] for name in rows}
+    times: dict[str, list[float]] = {name: [] for name in rows}
     truth_losses = []
     for step in range(steps):
         truth_losses.append(truth.step())

@@ -116,10 +116,14 @@ def load(tiny: bool = False) -> Pretrained:
     """The pretrained encoder, or, where its package is not installed, the tiny one with a note that says why."""
     if tiny:
         return tiny_model("asked for")
-    missing = [m for m in (PACKAGE, "safetensors", "tokenizers") if importlib.util.find_spec(m) is None]
+    specs = {m: importlib.util.find_spec(m) for m in (PACKAGE, "safetensors", "tokenizers")}
+    missing = [m for m, spec in specs.items() if spec is None]
     if missing:
         return tiny_model(f"not installed: {', '.join(missing)}")
-    return _load_minilm(Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0]) / "model")
+    package = specs[PACKAGE]
+    assert package is not None and package.submodule_search_locations is not None
+    # Only the files are wanted: the package itself is not imported.
+    return _load_minilm(Path(package.submodule_search_locations[0]) / "model")
 
 
 def _load_minilm(folder: Path) -> Pretrained:
@@ -179,8 +183,8 @@ def _from_bert(state: dict) -> dict:
                 .replace("embeddings.position_embeddings", "positions")
             ] = tensor
         else:
-            layer, rest = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", name).groups()
-            module, parameter = rest.rsplit(".", 1)
+            module, parameter = name.removeprefix("encoder.layer.").rsplit(".", 1)
+            layer, module = module.split(".", 1)
             ours[f"layers.{layer}.{_BERT_NAMES[module]}.{parameter}"] = tensor
     return ours
 
