@@ -134,8 +134,10 @@ struct ColumnPanel {
     if (sn == 1) {
       for (int64_t s = b0; s < b1; ++s) {
         const Src* p = src + s * kPer * sk;
-        for (int64_t j = 0; j < width; j += Kind::kLanes)
-          Kind::store(Kind::lanes(p + j, sk, kc - s * kPer, cols - j), dst + s * width + j);
+        int64_t j = 0;
+        for (; j + Kind::kLanes <= cols; j += Kind::kLanes)
+          Kind::store(Kind::template lanes<true>(p + j, sk, kc - s * kPer, 0), dst + s * width + j);
+        if (j < cols) Kind::store(Kind::template lanes<false>(p + j, sk, kc - s * kPer, cols - j), dst + s * width + j);
       }
       return;
     }

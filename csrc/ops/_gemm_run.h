@@ -112,6 +112,7 @@ inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, in
       }
       a = shared_a == nullptr ? a_packed.data() : shared_a + g.m * Kind::steps(k0) + m0 * steps;
     }
+    const Into into = k0 > 0 ? Into::kAdd : Into::kSet;
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t row = panel_row(g.m, p), h = panel_row(g.m, p + 1) - row;
       const int64_t part = (p - p0) * Panel::kParts / panels, part_end = (p - p0 + 1) * Panel::kParts / panels;
@@ -121,10 +122,10 @@ inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, in
       const TileFunction<Kind> tile = tile_function<Kind>(h, panel.width);
       if (in_place && panel.cols == panel.width) {
         Acc* y = static_cast<Acc*>(g.out.y.data) + g.out.y.offset + row * y_step + n0 + j;
-        tile(steps, a_panel, b_panel, y, y_step, k0 > 0, &prefetch);
+        tile(steps, a_panel, b_panel, y, y_step, into, &prefetch);
       } else {
         Acc* c = keep ? sums.data() + j * rows + (row - m0) * panel.width : sums.data();
-        tile(steps, a_panel, b_panel, c, panel.width, k0 > 0, &prefetch);
+        tile(steps, a_panel, b_panel, c, panel.width, into, &prefetch);
         if (last) finish(g.out, c, panel.width, row, h, n0 + j, panel.cols);
       }
       if (more && part_end > part) packers.pack_b(next, b_next, part, part_end);

@@ -61,17 +61,12 @@ struct FloatKind {
   static ISOTILE_INLINE void pack_run(Packed* dst, const Src* p, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) Vec<T>::load(p + i).store(dst + i);
   }
-  // One step of the n columns at p, p + 1, ..., and zeros up to the lanes.
-  template <class Src>
+  // One step of the n columns at p, p + 1, ..., and zeros up to the lanes; kFull: n is not looked at.
+  template <bool kFull, class Src>
   static ISOTILE_INLINE Operand lanes(const Src* p, int64_t, int64_t, int64_t n) {
-    return n >= kLanes ? Vec<T>::load(p) : Vec<T>::load(p, n);
+    return kFull ? Vec<T>::load(p) : Vec<T>::load(p, n);
   }
   static ISOTILE_INLINE void store(Operand v, Packed* p) { v.store(p); }
-#if defined(__AVX2__)
-  static ISOTILE_INLINE __m256 multiply_add_half(const float* a, __m256 b, __m256 c) {
-    return _mm256_fmadd_ps(_mm256_set1_ps(*a), b, c);
-  }
-#endif
 };
 
 #if ISOTILE_HAS_BF16_DOT
@@ -97,16 +92,17 @@ struct PairKind {
   static ISOTILE_INLINE void pack_run(Packed* dst, const BFloat16* p, int64_t count) {
     __builtin_memcpy(dst, p, count * sizeof(Packed));
   }
+  template <bool kFull>
   static ISOTILE_INLINE Operand lanes(const BFloat16* p, int64_t stride, int64_t left, int64_t n) {
-    const __mmask16 mask = Mask<float>::first(n).m;
-    const __m512i v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-    if (left == 1) return v;
-    return _mm512_or_si512(v, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + stride)), 16));
+    const auto load = [n](const BFloat16* at) {
+      const __m256i v = kFull ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))
+                              : _mm256_maskz_loadu_epi16(Mask<float>::first(n).m, at);
+      return _mm512_cvtepu16_epi32(v);
+    };
+    if (left == 1) return load(p);
+    return _mm512_or_si512(load(p), _mm512_slli_epi32(load(p + stride), 16));
   }
   static ISOTILE_INLINE void store(Operand v, Packed* p) { _mm512_storeu_si512(p, v); }
-  static ISOTILE_INLINE __m256 multiply_add_half(const Packed* a, __m256 b, __m256 c) {
-    return _mm256_dpbf16_ps(c, (__m256bh)_mm256_set1_epi32(static_cast<int>(*a)), (__m256bh)b);
-  }
 };
 #endif
 
@@ -122,6 +118,12 @@ struct Tile {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[i][v] = V::zero();
   }
+  ISOTILE_INLINE void load(const typename Kind::Acc* c, int64_t ldc) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = V::load(c + i * ldc + v * Kind::kLanes);
+  }
   ISOTILE_INLINE void step(const typename Kind::Packed* a, const typename Kind::Packed* b) {
     typename Kind::Operand bv[kVecs];
 #pragma GCC unroll 8
@@ -135,14 +137,18 @@ struct Tile {
   }
 };
 
-// c [kRows, kVecs vectors] (row stride ldc) = or += the tile's sum over `steps`. prefetch fetches what comes next.
+// What becomes of c: the sum over the steps, c plus that sum, or c with the steps' products added one after another.
+enum class Into { kSet, kAdd, kContinue };
+
+// c [kRows, kVecs vectors], row stride ldc. prefetch fetches what comes next.
 template <class Kind, int kRows, int kVecs>
 __attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Packed* a, const typename Kind::Packed* b,
-                                         typename Kind::Acc* c, int64_t ldc, bool add, Prefetch* prefetch) {
+                                         typename Kind::Acc* c, int64_t ldc, Into into, Prefetch* prefetch) {
   using V = Vec<typename Kind::Acc>;
   constexpr int kWidth = kVecs * Kind::kLanes;
   Tile<Kind, kRows, kVecs> tile;
-  tile.clear();
+  if (into == Into::kContinue) tile.load(c, ldc);
+  else tile.clear();
   int64_t s = 0;
   for (; s + 4 <= steps; s += 4) {
     prefetch->next();
@@ -163,14 +169,14 @@ __attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Pac
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       typename Kind::Acc* at = c + i * ldc + v * Kind::kLanes;
-      (add ? V::load(at) + tile.acc[i][v] : tile.acc[i][v]).store(at);
+      (into == Into::kAdd ? V::load(at) + tile.acc[i][v] : tile.acc[i][v]).store(at);
     }
   }
 }
 
 template <class Kind>
 using TileFunction = void (*)(int64_t, const typename Kind::Packed*, const typename Kind::Packed*,
-                              typename Kind::Acc*, int64_t, bool, Prefetch*);
+                              typename Kind::Acc*, int64_t, Into, Prefetch*);
 
 template <class Kind, int kVecs>
 inline TileFunction<Kind> tile_with_rows(int64_t rows) {
