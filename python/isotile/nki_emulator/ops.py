@@ -219,17 +219,12 @@ def _phi(x):
     return 0.5 * erfc(-x * np.sqrt(0.5))
 
 
-def _times(x, f):
-    """x * f without 0 * inf where f underflowed at x = -inf."""
-    return np.where(np.isneginf(x), -0.0, x * f)
-
-
 def _gelu_dx(x):
     return _phi(x) + np.where(np.isinf(x), 0.0, x * np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi))
 
 
 def _gelu_tanh(x):
-    return _times(x, 0.5 * (1.0 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+    return x * 0.5 * (1.0 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def _sigmoid_dx(x, k):
@@ -253,16 +248,16 @@ ACTIVATION = {
     "sigmoid": _f64(_sigmoid),
     "relu": lambda x: np.maximum(x, F32(0)),
     "prelu": None,  # takes relu_param
-    "gelu": _f64(lambda x: _times(x, _phi(x))),
+    "gelu": _f64(lambda x: x * _phi(x)),
     "gelu_dx": _f64(_gelu_dx),
     "gelu_apprx_tanh": _f64(_gelu_tanh),
-    "gelu_apprx_sigmoid": _f64(lambda x: _times(x, _sigmoid(1.702 * x))),
+    "gelu_apprx_sigmoid": _f64(lambda x: x * _sigmoid(1.702 * x)),
     "gelu_apprx_sigmoid_dx": _f64(lambda x: _sigmoid_dx(x, 1.702)),
-    "silu": _f64(lambda x: _times(x, _sigmoid(x))),
+    "silu": _f64(lambda x: x * _sigmoid(x)),
     "silu_dx": _f64(lambda x: _sigmoid_dx(x, 1.0)),
     "tanh": np.tanh,
     "softplus": _f64(_softplus),
-    "mish": _f64(lambda x: _times(x, np.tanh(_softplus(x)))),
+    "mish": _f64(lambda x: x * np.tanh(_softplus(x))),
     "erf": _f64(erf),
     "erf_dx": _f64(lambda x: 2 / np.sqrt(np.pi) * np.exp(-x * x)),
     "exp": np.exp,

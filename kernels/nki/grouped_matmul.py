@@ -1,0 +1,19 @@
+"""Rows of a, split by offsets, each group times its own matrix; rows past the last offset give 0. Kernel: `_grouped.py`."""
+
+from ._arrays import dense, refuse_dtypes, refuse_empty
+from ._grouped import grouped_kernel
+
+WIDEST = 16384
+
+
+def supports(a, b, offsets, **rest):
+    outs = rest.get("outs") or {}
+    if a.shape[-1] > WIDEST:
+        return f"a contraction of {a.shape[-1]}; the kernel keeps at most {WIDEST} of one row in SBUF"
+    return refuse_dtypes({"a": a, "b": b, "y": outs.get("y")}) or refuse_empty({"a": a, "b": b, "offsets": offsets})
+
+
+def run(a, b, offsets, *, outs, cores=1):
+    """`outs`: {"y": dtype name}."""
+    ends = dense(offsets).reshape(1, offsets.shape[0])
+    return {"y": grouped_kernel[cores](dense(a), dense(b), ends, False, outs["y"])}
