@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time for every target on a machine without a GPU, and checks what came out.
 
-    python bench/triton_aot.py [--targets sm_90 gfx942] [--ops attention] [--shard 0/4] [--out table.json]
+    python bench/triton_aot.py [--targets sm_90 gfx942] [--ops attention] [--case d128] [--shard 0/4] [--out table.json]
 
 One row for each launch: registers, spilled bytes, shared memory against the target's limit (which Triton checks only at
 launch), and matrix instructions. A row fails if it does not compile, needs more shared memory than the target has, or
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def resources(compiled, kind):
             "matrix": {name: ptx.count(name) for name in ANY_MATRIX if name in ptx}}
 
 
-def compile_target(name, ops, shard):
+def compile_target(name, ops, wanted, shard):
     """In the worker: one JSON line for each launch."""
     kind, arch, limit, _ = TARGETS[name]
     sys.path.insert(0, str(ROOT / "tests" / "triton"))
@@ -164,7 +165,7 @@ def compile_target(name, ops, shard):
     triton.runtime.driver.set_active(launch_module.OfflineDriver(kind, arch))
     index, count = shard
     for i, (op, label, views, scalars) in enumerate(cases()):
-        if (ops and op not in ops) or i % count != index:
+        if (ops and op not in ops) or wanted not in label or i % count != index:
             continue
         module = kernel(op)
         reason = module.supports(**views, **scalars)
@@ -201,10 +202,19 @@ def verdict(row):
     return None
 
 
+def report(row):
+    row["verdict"] = verdict(row)
+    print(f"{row['target']:7} {row['op']:24} {row['case'][:44]:44} {row.get('kernel', '')[:34]:34} "
+          f"{row.get('registers') or '':>4} {row.get('spill', ''):>5} {row.get('shared', ''):>7} "
+          f"{row.get('seconds', ''):>6} {json.dumps(row.get('matrix', {}))} {row['verdict'] or ''}", flush=True)
+    return row
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--ops", nargs="+", default=[])
+    parser.add_argument("--case", default="", help="only cases with this text")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from the i-th")
     parser.add_argument("--timeout", type=int, default=900, help="seconds for one target")
     parser.add_argument("--out", help="write all rows as JSON")
@@ -212,34 +222,30 @@ def main():
     options = parser.parse_args()
     shard = tuple(int(part) for part in options.shard.split("/"))
     if options.worker:
-        return compile_target(options.worker, options.ops, shard)
+        return compile_target(options.worker, options.ops, options.case, shard)
     rows, failed = [], 0
     for target in options.targets:
-        command = [sys.executable, __file__, "--worker", target, "--shard", options.shard]
+        command = [sys.executable, __file__, "--worker", target, "--shard", options.shard, "--case", options.case]
         command += ["--ops", *options.ops] if options.ops else []
         with tempfile.TemporaryDirectory() as cache:
             environment = {**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
             environment.pop("TRITON_INTERPRET", None)
-            worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-            try:
-                out, err = worker.communicate(timeout=options.timeout)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                out, err = worker.communicate()
-                err = f"ran past {options.timeout} s"
-        for line in out.splitlines():
-            if not line.startswith("{"):
-                continue
-            row = json.loads(line)
-            row["verdict"] = verdict(row)
-            failed += row["verdict"] is not None
-            rows.append(row)
-            print(f"{target:7} {row['op']:24} {row['case'][:44]:44} {row.get('kernel', '')[:34]:34} "
-                  f"{row.get('registers') or '':>4} {row.get('spill', ''):>5} {row.get('shared', ''):>7} "
-                  f"{row.get('seconds', ''):>6} {json.dumps(row.get('matrix', {}))} {row['verdict'] or ''}", flush=True)
+            with tempfile.TemporaryFile("w+") as errors:
+                worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+                watchdog = threading.Timer(options.timeout, worker.kill)
+                watchdog.start()
+                for line in worker.stdout:
+                    if line.startswith("{"):
+                        rows.append(report(json.loads(line)))
+                        failed += rows[-1]["verdict"] is not None
+                worker.wait()
+                watchdog.cancel()
+                errors.seek(0)
+                err = errors.read()
         if worker.returncode != 0:
             failed += 1
-            print(f"{target}: worker ended with {worker.returncode}: {err[-500:]}", flush=True)
+            late = f" after {options.timeout} s" if worker.returncode == -9 else ""
+            print(f"{target}: worker ended with {worker.returncode}{late}: {err[-500:]}", flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{len(rows)} launches, {failed} failed")

@@ -121,6 +121,24 @@ def finite_part(x):
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, x * 0 if x.dtype.is_int() else tl.zeros_like(x))
 
 
+@triton.jit
+def hidden_free(s, x):
+    """What the NaN and infinite elements of x add to (weights @ x), counting only scores that are not hidden.
+
+    One product on the matrix units: the kinds are counted in separate digits, which bfloat16 and float32 hold exactly
+    for up to 255 terms.
+    """
+    wide = x.to(tl.float32)
+    kind = tl.where(wide != wide, 1.0, 0.0)
+    kind = tl.where(wide == float("inf"), 256.0, kind)
+    kind = tl.where(wide == -float("inf"), 65536.0, kind)
+    seen = tl.where(s == -float("inf"), 0.0, 1.0)
+    count = tl.dot(seen.to(tl.bfloat16), kind.to(tl.bfloat16)).to(tl.int32)
+    total = tl.where(count % 256 > 0, float("nan"), 0.0)
+    total += tl.where((count // 256) % 256 > 0, float("inf"), 0.0)
+    return total + tl.where(count // 65536 > 0, -float("inf"), 0.0)
+
+
 @dataclass(frozen=True)
 class Options:
     """The scalars of the kernel form as the kernels take them."""

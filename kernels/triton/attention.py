@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import (LN2, LOG2E, Options, block_d, finite_part, kept, key_range, lookup, refuse, scores,
+from ._attention import (LN2, LOG2E, Options, block_d, finite_part, hidden_free, kept, key_range, lookup, refuse, scores,
                          spans_wide, walk)
 from ._launch import Descriptor, Launch, Scratch
 from ._layout import architecture, next_power, override, product, refuse_loops, units
@@ -71,13 +71,7 @@ def _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v
             else:
                 v = tl.load(v_at)
         if SAFE:
-            seen = (s != -float("inf")).to(tl.float32)
-            wide_v = v.to(tl.float32)
-            poison = tl.dot(seen, (wide_v != wide_v).to(tl.float32), input_precision="ieee")
-            above = tl.dot(seen, (wide_v == float("inf")).to(tl.float32), input_precision="ieee")
-            below = tl.dot(seen, (wide_v == -float("inf")).to(tl.float32), input_precision="ieee")
-            acc += tl.where(poison > 0, float("nan"), 0.0)
-            acc += tl.where(above > 0, float("inf"), 0.0) + tl.where(below > 0, -float("inf"), 0.0)
+            acc += hidden_free(s, v)
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, top
@@ -333,8 +327,7 @@ def prepare(query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, se
                          ((sq, dv), out_strides[4:]), ((sq, sk), mask_strides[4:]))
     parts = [Scratch((splits, batch * heads * sq, dv), torch.float32),
              Scratch((splits, batch * heads * sq), torch.float32)] if splits > 1 else [None, None]
-    hides = (options.has_left or options.has_right or seqlens_k is not None or attn_mask is not None
-             or sk % meta["BLOCK_N"] != 0 or splits > 1)
+    hides = options.has_left or options.has_right or seqlens_k is not None or sk % meta["BLOCK_N"] != 0
     constants = {"HAS_LEFT": options.has_left, "HAS_RIGHT": options.has_right, "BOTTOM_RIGHT": options.bottom_right,
                  "HAS_SOFTCAP": options.softcap > 0, "DROPOUT": options.dropout, "HIDES": hides, "PACK": pack,
                  "SPLIT": splits > 1, "PRECISION": "tf32" if tf32 else "ieee", "EVEN_D": d == block_d(d),

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import (LOG2E, Options, block_d, finite_part, kept, key_range, lookup, query_range, refuse, scores,
+from ._attention import (LOG2E, Options, block_d, finite_part, hidden_free, kept, key_range, lookup, query_range, refuse, scores,
                          spans_wide, walk)
 from ._launch import Launch, Scratch
 from ._layout import architecture, next_power, override, product, refuse_loops
@@ -105,11 +105,7 @@ def _gather_key_value(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, q_strides, grad
             grad_s = tl.where(s == -float("inf"), 0.0, grad_s)
         grad_s = grad_s * slack
         if SAFE:
-            seen = (s != -float("inf")).to(tl.float32)
-            wide_grad = grad.to(tl.float32)
-            poison = tl.dot(seen, (tl.abs(wide_grad) < float("inf")).to(tl.float32) * -1.0 + 1.0,
-                            input_precision="ieee")
-            grad_v += tl.where(poison > 0, float("nan"), 0.0)
+            grad_v += hidden_free(s, grad)
             grad = finite_part(grad)
             q = finite_part(q)  # a visible NaN or infinity is already in grad_s
         grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
@@ -124,8 +120,8 @@ def attention_grad_key_value_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr,
                                     lengths_strides, slopes_stride, sizes, heads, group, sq, sk, d, dv, scale, softcap,
                                     left, right, threshold, keep_scale, HAS_LEFT: tl.constexpr,
                                     HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                                    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-                                    EVEN_V: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+                                    DROPOUT: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+                                    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
                                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     pid = tl.program_id(0)
@@ -167,22 +163,23 @@ def attention_grad_key_value_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr,
         g_head = grad_out_ptr + loop_offset(batch, sizes, grad_out_strides) + head.to(tl.int64) * grad_out_strides[3]
         lse_at = lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3]
         delta_at = delta_ptr + head_index.to(tl.int64) * sq
-        before_k, before_v = grad_k, grad_v
-        grad_k, grad_v = _gather_key_value(
-            grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
-            lse_strides[4], delta_at, key, head_index, slope, start, whole_start, keys, sq, d, dv, offset, scale,
-            softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], True, False, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
+        if HAS_RIGHT:
+            grad_k, grad_v = _gather_key_value(
+                grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
+                lse_strides[4], delta_at, key, head_index, slope, start, whole_start, keys, sq, d, dv, offset, scale,
+                softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], True, False, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
         grad_k, grad_v = _gather_key_value(
             grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
             lse_strides[4], delta_at, key, head_index, slope, whole_start, whole_end, keys, sq, d, dv, offset, scale,
             softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], False, False, HAS_LEFT,
             HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
-        grad_k, grad_v = _gather_key_value(
-            grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
-            lse_strides[4], delta_at, key, head_index, slope, whole_end, end, keys, sq, d, dv, offset, scale,
-            softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], True, False, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
+        if HAS_LEFT or TAIL or lengths_ptr is not None:
+            grad_k, grad_v = _gather_key_value(
+                grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
+                lse_strides[4], delta_at, key, head_index, slope, whole_end, end, keys, sq, d, dv, offset, scale,
+                softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], True, False, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
     if HAS_LEFT or HAS_RIGHT or mask_ptr is not None or lengths_ptr is not None:
         bad = tl.max(tl.max((grad_k != grad_k).to(tl.int32), axis=1), axis=0)
         bad += tl.max(tl.max((grad_v != grad_v).to(tl.int32), axis=1), axis=0)
@@ -272,7 +269,7 @@ def attention_grad_query_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slo
                                 lengths_strides, slopes_stride, sizes, heads, group, sq, sk, d, dv, scale, softcap,
                                 left, right, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                                 BOTTOM_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-                                PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
+                                TAIL: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
                                 WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
@@ -326,24 +323,26 @@ def attention_grad_query_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slo
         end = end * 0 + sk
         whole_start = tl.minimum(whole_start, tl.cdiv(sk, BLOCK_N) * BLOCK_N)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
-                           grad_mask_base, seed_ptr, query, head_index, slope, start, whole_start, keys, sq, sk, d, dv,
-                           offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
-                           mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], True, False, HAS_LEFT,
-                           HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
-                           BLOCK_D, BLOCK_V)
+    if HAS_LEFT or grad_mask_ptr is not None:
+        grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
+                               grad_mask_base, seed_ptr, query, head_index, slope, start, whole_start, keys, sq, sk, d, dv,
+                               offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
+                               mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], True, False, HAS_LEFT,
+                               HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
+                               BLOCK_D, BLOCK_V)
     grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
                            grad_mask_base, seed_ptr, query, head_index, slope, whole_start, whole_end, keys, sq, sk, d,
                            dv, offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
                            mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], False, False, HAS_LEFT,
                            HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
                            BLOCK_D, BLOCK_V)
-    grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
-                           grad_mask_base, seed_ptr, query, head_index, slope, whole_end, end, keys, sq, sk, d, dv,
-                           offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
-                           mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], True, False, HAS_LEFT,
-                           HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
-                           BLOCK_D, BLOCK_V)
+    if HAS_RIGHT or TAIL or lengths_ptr is not None or grad_mask_ptr is not None:
+        grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
+                               grad_mask_base, seed_ptr, query, head_index, slope, whole_end, end, keys, sq, sk, d, dv,
+                               offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
+                               mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], True, False, HAS_LEFT,
+                               HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
+                               BLOCK_D, BLOCK_V)
     if HAS_LEFT or HAS_RIGHT or mask_ptr is not None:
         if tl.max(tl.max((grad_q != grad_q).to(tl.int32), axis=1), axis=0) > 0:
             grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -454,11 +453,13 @@ def prepare(grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask
         launches.append(Launch(attention_grad_key_value_kernel,
                                (batch * key_heads * triton.cdiv(sk, key_meta["BLOCK_N"]),),
                                (*inputs, grad_key, grad_value, *common, grad_k_strides, grad_v_strides,
-                                lengths_strides, slopes_stride, *shared), {**constants, **key_meta}))
+                                lengths_strides, slopes_stride, *shared), {**constants, **key_meta,
+                                "TAIL": sk % key_meta["BLOCK_N"] != 0 or sq % key_meta["BLOCK_M"] != 0}))
     if sq and (d or grad_attn_mask is not None):
         launches.append(Launch(attention_grad_query_kernel, (batch * heads * triton.cdiv(sq, query_meta["BLOCK_M"]),),
                                (*inputs, grad_query, grad_attn_mask, *common, grad_q_strides, grad_mask_strides,
-                                lengths_strides, slopes_stride, *shared), {**constants, **query_meta}))
+                                lengths_strides, slopes_stride, *shared), {**constants, **query_meta,
+                                "TAIL": sk % query_meta["BLOCK_N"] != 0}))
     return launches
 
 

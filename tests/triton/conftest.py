@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NEEDS_COMPILER = {"test_aot.py", "test_interpreted.py"}
+NEEDS_COMPILER = {"test_aot.py", "test_interpreted.py", "test_launch.py"}
 
 if INTERPRETED:
     from _load import backend

@@ -9,10 +9,12 @@ which costs more host time than PyTorch's whole operator.
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 
 import torch
+
+# Contracting a * b + c to one rounding is Triton's default up to 3.9 and not after it; results must not shift.
+_OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ def run_plain(launches, tensors):
         return arg
 
     for launch in launches:
-        launch.kernel[launch.grid](*[resolve(arg) for arg in launch.args], **launch.meta)
+        launch.kernel[launch.grid](*[resolve(arg) for arg in launch.args], **_OPTIONS, **launch.meta)
 
 
 def _device(tensors):
@@ -78,27 +80,16 @@ class Replay:
     def __init__(self, launches, views, device):
         self.device = torch.device(device)
         index = {id(view): i for i, view in enumerate(views) if view is not None}
-        self.scratch, scratch_index = [], {}
+        self.scratch = []
 
         def slot(arg):
-            if id(arg) in index:
-                return index[id(arg)]
-            if _role(arg) == "scratch":
-                if id(arg) not in scratch_index:
-                    scratch_index[id(arg)] = len(views) + len(self.scratch)
-                    self.scratch.append((tuple(arg.shape), arg.dtype))
-                return scratch_index[id(arg)]
-            return None
+            if _role(arg) == "scratch" and id(arg) not in index:
+                index[id(arg)] = len(views) + len(self.scratch)
+                self.scratch.append((tuple(arg.shape), arg.dtype))
+            return index.get(id(arg))
 
-        self.steps = []
-        for launch in launches:
-            pointers, descriptors = [], []
-            for position, arg in enumerate(launch.args):
-                if _role(arg) == "descriptor":
-                    descriptors.append((position, slot(arg.base), arg))
-                elif (i := slot(arg)) is not None:
-                    pointers.append((position, i))
-            self.steps.append(_Step(launch, pointers, descriptors))
+        self.steps = [_Step(launch, slot) for launch in launches]
+        self.launches = launches  # views and scratch are known by identity: keep them alive
 
     def run(self, tensors):
         """Runs on the current stream. `tensors` in the order of `views`."""
@@ -111,13 +102,19 @@ class Replay:
 class _Step:
     """One launch. Compiled kernels are kept by pointer alignment, since Triton specialises on it."""
 
-    __slots__ = ("launch", "grid", "pointers", "descriptors", "template", "compiled")
+    __slots__ = ("launch", "grid", "pointers", "descriptors", "template", "compiled", "fallback")
 
-    def __init__(self, launch, pointers, descriptors):
-        self.launch, self.pointers, self.descriptors = launch, pointers, descriptors
+    def __init__(self, launch, slot):
+        self.launch = launch
         self.grid = (*launch.grid, 1, 1)[:3]
         self.template = list(launch.args)
-        self.compiled = {}
+        self.pointers, self.descriptors, self.compiled = [], [], {}
+        for position, arg in enumerate(launch.args):
+            if _role(arg) == "descriptor":
+                self.descriptors.append((position, slot(arg.base), arg))
+            elif (i := slot(arg)) is not None:
+                self.pointers.append((position, i))
+        self.fallback = [_Step(other, slot) for other in launch.fallback]
 
     def run(self, tensors):
         args = self.template.copy()
@@ -126,56 +123,51 @@ class _Step:
             pointer = tensors[i].data_ptr()
             aligned = aligned + aligned + (pointer & 15 == 0)
             args[position] = pointer
-        if self.descriptors:
-            for position, i, descriptor in self.descriptors:
-                args[position] = _host_descriptor(descriptor, tensors[i])
+        for position, i, descriptor in self.descriptors:
+            if tensors[i].data_ptr() & 15:
+                for other in self.fallback:
+                    other.run(tensors)
+                return
+            args[position] = _host_descriptor(descriptor, tensors[i])
         call = self.compiled.get(aligned)
         if call is None:
-            call = self.compiled[aligned] = self.first(tensors)
-            if call is not _slow:
-                return
-        if call is _slow or _hooks_wanted():
+            # the first launch goes through Triton's own path, which compiles; its kernel is then called directly
+            kernel = self.plain(tensors)
+            self.compiled[aligned] = _slow if fast_launch_refusal() else fast_launcher(kernel, self.launch)
+        elif call is _slow or _hooks_wanted():
             self.plain(tensors)
         else:
             call(self.grid, args)
 
     def plain(self, tensors):
-        args = list(self.template)
+        args = self.template.copy()
         for position, i in self.pointers:
             args[position] = tensors[i]
         for position, i, descriptor in self.descriptors:
             args[position] = _host_descriptor(descriptor, tensors[i])
-        return self.launch.kernel[self.launch.grid](*args, **self.launch.meta)
-
-    def first(self, tensors):
-        """Launches through Triton's own path, which compiles, and makes the short path from what that returned."""
-        if fast_launch_supported() is not None:
-            return _slow
-        compiled = self.plain(tensors)
-        return fast_launcher(compiled, self.launch, len(self.template))
+        return self.launch.kernel[self.launch.grid](*args, **_OPTIONS, **self.launch.meta)
 
 
 def _slow(grid, args):
     raise AssertionError("the slow path has no launcher of its own")
 
 
-_version_reason: list = []
+_refusal: list = []
 
 
-def fast_launch_supported() -> str | None:
+def fast_launch_refusal() -> str | None:
     """Why compiled kernels cannot be launched directly here, or None. Decided once per process."""
-    if not _version_reason:
+    if not _refusal:
         import triton
 
-        version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
         if triton.knobs.runtime.interpret:
-            reason = "Triton's interpreter has no compiled kernels"
+            _refusal.append("Triton's interpreter has no compiled kernels")
         elif not (3, 6) <= version <= (3, 9):
-            reason = f"triton {triton.__version__} is outside the tested range 3.6 to 3.9"
+            _refusal.append(f"triton {triton.__version__} is outside the tested range 3.6 to 3.9")
         else:
-            reason = None
-        _version_reason.append(reason)
-    return _version_reason[0]
+            _refusal.append(None)
+    return _refusal[0]
 
 
 def _hooks_wanted():
@@ -183,20 +175,20 @@ def _hooks_wanted():
     from triton import knobs
 
     hook = knobs.runtime.launch_enter_hook
-    # 3.9 keeps a chain object there, empty when nobody asked
-    return hook is not None and bool(getattr(hook, "calls", True))
+    return hook is not None and bool(getattr(hook, "calls", True))  # an empty chain of hooks is nobody asking
 
 
-def fast_launcher(compiled, launch, n_args):
-    """A function (grid, args) -> None that launches `compiled` on the current stream.
+def fast_launcher(compiled, launch):
+    """A function (grid, args) that launches `compiled` on the current stream, pointers given as integers.
 
-    The launcher takes every parameter of the kernel in declaration order, constants included (it skips them).
+    Triton's launcher takes every parameter of the kernel in declaration order, constants included (it skips them).
     """
     from triton.runtime import driver
 
     names = launch.kernel.arg_names
-    missing = names[n_args:]
-    constants = [_constant(launch, name) for name in missing]
+    if any(name in launch.meta for name in names[: len(launch.args)]):
+        raise TypeError(f"{launch.kernel.__name__}: a positional parameter is given again by name")
+    constants = [_constant(launch, name) for name in names[len(launch.args):]]
     active = driver.active
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
     current_device, current_stream = active.get_current_device, active.get_current_stream
@@ -275,4 +267,4 @@ def compile_launch(launch):
             return _Typed(arg.dtype)
         return arg
 
-    return launch.kernel.warmup(*[stand_in(arg) for arg in launch.args], grid=launch.grid, **launch.meta)
+    return launch.kernel.warmup(*[stand_in(arg) for arg in launch.args], grid=launch.grid, **_OPTIONS, **launch.meta)
