@@ -53,3 +53,24 @@ def refuse_empty(views):
         if view is not None and math.prod(view.shape) == 0:
             return f"{name} is empty {tuple(view.shape)}; a Neuron kernel has no empty tensors"
     return None
+
+
+def as_bytes(x):
+    """A bool array as uint8."""
+    return x.byte() if hasattr(x, "byte") else x.view(np.uint8)
+
+
+def as_int32(x):
+    return x.int() if hasattr(x, "int") else x.astype(np.int32)
+
+
+def squeezed_mask(mask):
+    """[B.., hq, sq, sk] as dense [B or 1, hq or 1, sq or 1, sk]: broadcast dims stay size 1."""
+    steps, shape = strides(mask), tuple(mask.shape)
+    lead = len(shape) - 3
+    if lead and all(steps[i] == 0 or shape[i] == 1 for i in range(lead)):
+        mask = mask[(slice(0, 1),) * lead]
+    for dim in (lead, lead + 1):
+        if steps[dim] == 0 and shape[dim] > 1:
+            mask = mask[(slice(None),) * dim + (slice(0, 1),)]
+    return dense(mask).reshape(math.prod(mask.shape[:lead]), *mask.shape[lead:])

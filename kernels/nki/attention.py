@@ -1,0 +1,539 @@
+"""Attention forward: out = softmax(scale * q k^T with softcap, ALiBi, mask, windows, sinks) v, and the log-sum-exp.
+
+Queries on partitions, 128 at a time (for one-query decoding the heads of a key/value group); keys along the free dim in
+blocks of 512 (one PSUM bank) and sections of SECTION. A section's maximum is taken from PSUM, one exp pass gives the
+probabilities and their sum, and running maximum, sum and output are rescaled once for a section (online softmax, Milakov
+and Gimelshein 2018; Dao et al. 2022). Probabilities are turned on the Tensor engine (gen2: by DMA, where a NaN would spread),
+their PSUM drained half on Vector and half on Scalar. In a full section key p * chunks + c belongs to chunk c, so that values
+arrive in runs of whole sections. Keys and values of a head are read once for all its queries where they fit RESIDENT_BYTES.
+
+Blocks that no query of the tile sees are skipped; a block that some see is masked by run-time bounds (range_select). There
+a value that is not finite is replaced by 0 and added back for the queries that see it, so that 0 * NaN never leaks.
+"""
+
+import math
+
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+from ._arrays import FLOATS, as_bytes, as_int32, dense, dtype_name, refuse_dtypes, refuse_empty, squeezed_mask
+from ._tiles import FLOAT32_MIN, column, constant, load_across, my_tiles
+from .matmul import load_contraction
+
+SECTION = 2048
+RESIDENT_BYTES = 98304
+FLOOR = -1.0e30  # running maximum of a row that has seen no key
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+def query_bounds(q0, p, sq, sk, keys_across, options):
+    """(position, low, high) columns [P, 1] float32: query row sees key k if low <= k < high."""
+    position = column(p)
+    nisa.iota(dst=position, pattern=[[0, 1]], offset=q0, channel_multiplier=options["row_step"])
+    if options["bottom_right"]:
+        if options["has_seqlens"]:
+            nisa.tensor_tensor(dst=position, data1=position, data2=keys_across[0:p], op=nl.add)
+            nisa.tensor_scalar(dst=position, data=position, op0=nl.subtract, operand0=float(sq))
+        else:
+            nisa.tensor_scalar(dst=position, data=position, op0=nl.add, operand0=float(sk - sq))
+    high = constant(p, 1, float(sk), nl.float32)
+    if options["has_seqlens"]:
+        nisa.tensor_copy(dst=high, src=keys_across[0:p])
+    right = options["window_right"]
+    if options["is_causal"]:
+        right = 0 if right < 0 else min(right, 0)
+    edge = column(p)
+    if right >= 0:
+        nisa.tensor_scalar(dst=edge, data=position, op0=nl.add, operand0=float(right + 1))
+        nisa.tensor_tensor(dst=high, data1=high, data2=edge, op=nl.minimum)
+    low = constant(p, 1, -1.0, nl.float32)
+    if options["window_left"] >= 0:
+        nisa.tensor_scalar(dst=low, data=position, op0=nl.subtract, operand0=float(options["window_left"]))
+    return position, low, high
+
+
+def block_kind(k0, k1, q0, q1, sq, sk, options):
+    """0: hidden from all queries of the tile, 1: seen by all, 2: decided by the bounds at run time."""
+    kind = 2 if options["has_seqlens"] else 1
+    if options["has_seqlens"] and options["bottom_right"]:
+        return 2
+    offset = sk - sq if options["bottom_right"] else 0
+    first, last = q0 + offset, q1 - 1 + offset
+    if options["row_step"] == 0:
+        first = last = offset
+    right = options["window_right"]
+    if options["is_causal"]:
+        right = 0
+    if right >= 0:
+        if k0 > last + right:
+            return 0
+        if k1 - 1 > first + right:
+            kind = 2
+    if options["window_left"] >= 0:
+        if k1 - 1 < first - options["window_left"]:
+            return 0
+        if k0 < last - options["window_left"]:
+            kind = 2
+    return kind
+
+
+def hide(dst, src, k0, low, high):
+    """dst = src with the keys outside [low, high) at the lowest float32; src may be in PSUM."""
+    p, width = dst.shape
+    if nisa.get_nc_version() >= nisa.nc_version.gen3:
+        nisa.range_select(
+            dst=dst,
+            on_true_tile=src,
+            comp_op0=nl.greater_equal,
+            comp_op1=nl.less,
+            bound0=low,
+            bound1=high,
+            range_start=k0,
+        )
+    else:
+        key = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+        nisa.iota(dst=key, pattern=[[1, width]], offset=k0, channel_multiplier=0)
+        out = nl.ndarray((p, width), nl.uint8, buffer=nl.sbuf)
+        if dst is not src:  # noqa: the copy is skipped where both are one tile
+            nisa.tensor_copy(dst=dst, src=src)
+        nisa.tensor_scalar(dst=out, data=key, op0=nl.less, operand0=low)
+        nisa.tensor_copy_predicated(dst=dst, src=FLOAT32_MIN, predicate=out)
+        nisa.tensor_scalar(dst=out, data=key, op0=nl.greater_equal, operand0=high)
+        nisa.tensor_copy_predicated(dst=dst, src=FLOAT32_MIN, predicate=out)
+
+
+def load_mask(mask, b, h, q0, q1, k0, k1):
+    """[P, keys] of the mask for these queries; a broadcast query dim is repeated over the partitions."""
+    piece = mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1)]
+    tile_sbuf = nl.ndarray((q1 - q0, k1 - k0), mask.dtype, buffer=nl.sbuf)
+    if mask.shape[2] == 1:
+        nisa.dma_copy(dst=tile_sbuf, src=piece[:, k0:k1].broadcast(0, q1 - q0))
+    else:
+        nisa.dma_copy(dst=tile_sbuf, src=piece[q0:q1, k0:k1])
+    return tile_sbuf
+
+
+def hidden_by_mask(mask_sbuf):
+    """uint8 [P, keys]: 1 where the mask hides."""
+    out = nl.ndarray(mask_sbuf.shape, nl.uint8, buffer=nl.sbuf)
+    value = 0.0 if mask_sbuf.dtype == nl.uint8 else -math.inf
+    nisa.tensor_scalar(dst=out, data=mask_sbuf, op0=nl.equal, operand0=value)
+    return out
+
+
+def natural_scores(product_psum, k0, position, slope, mask_sbuf, options):
+    """softcap(scale * product) - slope * |position - key| + mask, float32 in SBUF; hidden by the mask: the lowest."""
+    p, width = product_psum.shape
+    score = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+    if options["softcap"] > 0.0:
+        nisa.activation(dst=score, op=nl.tanh, data=product_psum, scale=options["scale"] / options["softcap"])
+        nisa.tensor_scalar(dst=score, data=score, op0=nl.multiply, operand0=options["softcap"])
+    else:
+        nisa.activation(dst=score, op=nl.copy, data=product_psum, scale=options["scale"])
+    if options["has_alibi"]:
+        distance = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+        nisa.iota(dst=distance, pattern=[[1, width]], offset=k0, channel_multiplier=0)
+        nisa.tensor_scalar(dst=distance, data=distance, op0=nl.subtract, operand0=position)
+        nisa.scalar_tensor_tensor(
+            dst=distance, data=distance, op0=nl.multiply, operand0=-1.0, op1=nl.maximum, operand1=distance
+        )
+        nisa.tensor_scalar(dst=distance, data=distance, op0=nl.multiply, operand0=slope)
+        nisa.tensor_tensor(dst=score, data1=score, data2=distance, op=nl.subtract)
+    if options["has_mask"]:
+        if options["float_mask"]:
+            nisa.tensor_tensor(dst=score, data1=score, data2=mask_sbuf, op=nl.add)
+        nisa.tensor_copy_predicated(dst=score, src=FLOAT32_MIN, predicate=hidden_by_mask(mask_sbuf))
+    return score
+
+
+def products(q_tiles, k_tiles, start, stop):
+    """[P, stop - start] in PSUM: q k^T over all pieces of the head dim."""
+    bank = nl.ndarray((q_tiles[0].shape[1], stop - start), nl.float32, buffer=nl.psum)
+    for i in range(len(q_tiles)):
+        nisa.nc_matmul(dst=bank, stationary=q_tiles[i], moving=k_tiles[i][:, start:stop])
+    return bank
+
+
+def head_column(values, b, h, p, options):
+    """[P, 1] float32 of a per-head vector [heads, 1]: the head's value, or in packed decoding each row's own head's."""
+    tile_sbuf = nl.ndarray((p, 1), values.dtype, buffer=nl.sbuf)
+    if options["packed"]:
+        nisa.dma_copy(dst=tile_sbuf, src=values[h * options["group"] : h * options["group"] + p])
+    else:
+        nisa.dma_copy(dst=tile_sbuf, src=values[h : h + 1].broadcast(0, p))
+    wide = column(p)
+    nisa.tensor_copy(dst=wide, src=tile_sbuf)
+    return wide
+
+
+def turn(data, turned_count):
+    """[columns, P] in SBUF of a [P, columns] tile of at most 128 x 128."""
+    p, width = data.shape
+    result = nl.ndarray((width, p), data.dtype, buffer=nl.sbuf)
+    if nisa.get_nc_version() < nisa.nc_version.gen3:
+        nisa.dma_transpose(dst=result, src=data)
+        return result
+    bank = nl.ndarray((width, p), data.dtype, buffer=nl.psum)
+    nisa.nc_transpose(dst=bank, data=data, engine=nisa.engine.tensor)
+    if turned_count % 2 == 0:
+        nisa.tensor_copy(dst=result, src=bank)
+    else:
+        nisa.activation(dst=result, op=nl.copy, data=bank)
+    return result
+
+
+def finite_part(v):
+    """(v with 0 for what is not finite, 1 where v is NaN or +inf, 1 where v is NaN or -inf), all in v's dtype."""
+    difference = nl.ndarray(v.shape, nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=difference, data1=v, data2=v, op=nl.subtract)
+    finite = nl.ndarray(v.shape, nl.uint8, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=finite, data=difference, op0=nl.equal, operand0=0.0)
+    clean = constant(v.shape[0], v.shape[1], 0.0, v.dtype)
+    nisa.tensor_copy_predicated(dst=clean, src=v, predicate=finite)
+    plus = nl.ndarray(v.shape, v.dtype, buffer=nl.sbuf)
+    nisa.tensor_scalar(
+        dst=plus,
+        data=v,
+        op0=nl.less_equal,
+        operand0=FLOAT32_MAX,
+        op1=nl.subtract,
+        operand1=1.0,
+        reverse1=True,
+    )
+    minus = nl.ndarray(v.shape, v.dtype, buffer=nl.sbuf)
+    nisa.tensor_scalar(
+        dst=minus,
+        data=v,
+        op0=nl.greater_equal,
+        operand0=-FLOAT32_MAX,
+        op1=nl.subtract,
+        operand1=1.0,
+        reverse1=True,
+    )
+    return clean, plus, minus
+
+
+def _add_infinities(total, counts_psum, op):
+    """total +- infinity where the count is positive."""
+    term = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
+    # A count that is NaN keeps the row NaN through the clean product; here it compares false.
+    nisa.tensor_scalar(
+        dst=term, data=counts_psum, op0=nl.greater, operand0=0.0, op1=nl.multiply, operand1=FLOAT32_MAX
+    )
+    nisa.tensor_scalar(dst=term, data=term, op0=nl.multiply, operand0=2.0)
+    nisa.tensor_tensor(dst=total, data1=total, data2=term, op=op)
+
+
+def load_values(value, k0, k1, keys_across, options):
+    """A section's values: [128, chunks * dv] where it divides into 128s, else one [rows, dv] tile for each 128 keys."""
+    count, dv = k1 - k0, value.shape[1]
+    tiles = []
+    if count % 128 == 0:
+        chunks = count // 128
+        tile_sbuf = nl.ndarray((128, chunks * dv), value.dtype, buffer=nl.sbuf)
+        nisa.dma_copy(dst=tile_sbuf, src=value[k0:k1].reshape((128, chunks * dv)))
+        tiles.append(_drop_past_end(tile_sbuf, k0, chunks, chunks, dv, keys_across, options))
+        return tiles
+    for c in range(k0, k1, 128):
+        stop = min(k1, c + 128)
+        tile_sbuf = nl.ndarray((stop - c, dv), value.dtype, buffer=nl.sbuf)
+        nisa.dma_copy(dst=tile_sbuf, src=value[c:stop])
+        tiles.append(_drop_past_end(tile_sbuf, c, 1, 1, dv, keys_across, options))
+    return tiles
+
+
+def _drop_past_end(tile_sbuf, k0, step, chunks, dv, keys_across, options):
+    """Values at or past the sequence's end become 0: nobody wrote them."""
+    if not options["has_seqlens"]:
+        return tile_sbuf
+    p = tile_sbuf.shape[0]
+    key = nl.ndarray((p, chunks), nl.float32, buffer=nl.sbuf)
+    nisa.iota(dst=key, pattern=[[1, chunks]], offset=k0, channel_multiplier=step)
+    valid = nl.ndarray((p, chunks), nl.uint8, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=valid, data=key, op0=nl.less, operand0=keys_across[0:p])
+    kept = constant(p, chunks * dv, 0.0, tile_sbuf.dtype)
+    nisa.tensor_copy_predicated(
+        dst=kept.reshape((p, chunks, dv)),
+        src=tile_sbuf.reshape((p, chunks, dv)),
+        predicate=valid.expand_dim(2).broadcast(2, dv),
+    )
+    return kept
+
+
+def value_chunk(v_tiles, chunk, count, dv):
+    """(values [rows, dv], first column, column step) of one chunk of a section of `count` keys."""
+    if count % 128 == 0:
+        return v_tiles[0][:, chunk * dv : chunk * dv + dv], chunk, count // 128
+    return v_tiles[chunk], chunk * 128, 1
+
+
+def load_keys(key, k0, k1):
+    """K^T pieces of one section: [d up to 128, keys] for each 128 of the head dim."""
+    tiles = []
+    d = key.shape[1]
+    for d0 in range(0, d, 128):
+        tiles.append(load_contraction(key, True, d0, min(d, d0 + 128), k0, k1))
+    return tiles
+
+
+@nki.jit
+def attention_kernel(query, key, value, mask, sinks, slopes, seqlens, options):
+    """query [B, hq, sq, d], key [B, hk, sk, d], value [B, hk, sk, dv], mask [B|1, hq|1, sq|1, sk], sinks and slopes
+    [heads, 1], seqlens [B, 1] int32 -> out [B, hq, sq, dv], lse [B, hq, sq, 1].
+    """
+    batch, heads, sq, d = query.shape
+    kv_heads, sk, dv = key.shape[1], key.shape[2], value.shape[3]
+    group = heads // kv_heads
+    out_hbm = nl.ndarray((batch, heads, sq, dv), query.dtype, buffer=nl.shared_hbm)
+    lse_hbm = nl.ndarray((batch, heads, sq, 1), nl.float32, buffer=nl.shared_hbm)
+    sections = range(0, sk, SECTION)
+    resident = sk * (((d + 127) // 128) + (dv + 127) // 128) * query.dtype.itemsize <= RESIDENT_BYTES
+    pairs = batch * kv_heads
+    pair_range = (0, pairs)
+    tile_first, tile_step = 0, 1
+    if pairs > 1:
+        pair_range = my_tiles(pairs, 1)
+    elif nl.num_programs(0) == 2:
+        tile_first, tile_step = nl.program_id(0), 2
+    for pair in range(pair_range[0], pair_range[1]):
+        b, kv = pair // kv_heads, pair % kv_heads
+        keys_across = column(128)
+        if options["has_seqlens"]:
+            lengths = load_across(seqlens[b : b + 1], 128, 0, 1, nl.int32)
+            nisa.tensor_copy(dst=keys_across, src=lengths)
+            nisa.tensor_scalar(
+                dst=keys_across,
+                data=keys_across,
+                op0=nl.maximum,
+                operand0=0.0,
+                op1=nl.minimum,
+                operand1=float(sk),
+            )
+        held = []
+        if resident:
+            for k0 in sections:
+                k1 = min(sk, k0 + SECTION)
+                held.append((load_keys(key[b, kv], k0, k1), load_values(value[b, kv], k0, k1, keys_across, options)))
+        for h in range(kv * group, kv * group + group):
+            for t in range(tile_first, (sq + 127) // 128, tile_step):
+                q0 = t * 128
+                q1 = min(sq, q0 + 128)
+                _query_tile(
+                    query, key, value, mask, sinks, slopes, options, out_hbm, lse_hbm, b, h, kv, q0, q1, keys_across,
+                    held, resident,
+                )  # fmt: skip
+    return out_hbm, lse_hbm
+
+
+def _query_tile(
+    query, key, value, mask, sinks, slopes, options, out_hbm, lse_hbm, b, h, kv, q0, q1, keys_across, held, resident,
+):  # fmt: skip
+    sk, d, dv = key.shape[2], key.shape[3], value.shape[3]
+    sq = options["queries"]
+    p = q1 - q0
+    q_tiles = []
+    for d0 in range(0, d, 128):
+        q_tiles.append(load_contraction(query[b, h], True, d0, min(d, d0 + 128), q0, q1))
+    position, low, high = query_bounds(q0 * options["row_step"], p, sq, sk, keys_across, options)
+    slope = position
+    if options["has_alibi"]:
+        slope = head_column(slopes, b, h, p, options)
+    top = constant(p, 1, FLOOR, nl.float32)
+    total = constant(p, 1, 0.0, nl.float32)
+    if options["has_sinks"]:
+        sink = head_column(sinks, b, h, p, options)
+        nisa.tensor_scalar(dst=top, data=sink, op0=nl.maximum, operand0=FLOOR)
+        gap = column(p)
+        nisa.tensor_tensor(dst=gap, data1=sink, data2=top, op=nl.subtract)
+        nisa.activation(dst=total, op=nl.exp, data=gap)
+    acc = constant(p, dv, 0.0, nl.float32)
+    natural = options["natural"]
+    factor = 1.0 if natural else options["scale"]
+    turned_count = 0
+    for s in range((sk + SECTION - 1) // SECTION):
+        k0 = s * SECTION
+        k1 = min(sk, k0 + SECTION)
+        blocks = []
+        for c in range(k0, k1, 512):
+            stop = min(k1, c + 512)
+            kind = block_kind(c, stop, q0, q1, sq, sk, options)
+            blocks.append((c, stop, kind))
+        seen = []
+        for block in blocks:
+            if block[2] > 0:
+                seen.append(block)
+        if len(seen) == 0:
+            continue
+        if resident:
+            k_tiles, v_tiles = held[s]
+        else:
+            k_tiles = load_keys(key[b, kv], k0, k1)
+            v_tiles = load_values(value[b, kv], k0, k1, keys_across, options)
+        tops = nl.ndarray((p, len(seen)), nl.float32, buffer=nl.sbuf)
+        scores = []
+        guarded = False
+        for i in range(len(seen)):
+            start, stop, kind = seen[i]
+            score = products(q_tiles, k_tiles, start - k0, stop - k0)
+            if natural:
+                mask_sbuf = score
+                if options["has_mask"]:
+                    mask_sbuf = load_mask(mask, b, h, q0, q1, start, stop)
+                score = natural_scores(score, start, position, slope, mask_sbuf, options)
+            if kind == 2:
+                shown = nl.ndarray((p, stop - start), nl.float32, buffer=nl.sbuf)
+                hide(shown, score, start, low, high)
+                score = shown
+            if options["has_mask"] or (kind == 2 and options["per_query_bounds"]):
+                guarded = True
+            nisa.tensor_reduce(dst=tops[:, i : i + 1], op=nl.maximum, data=score, axis=1)
+            scores.append(score)
+        best = column(p)
+        nisa.tensor_reduce(dst=best, op=nl.maximum, data=tops, axis=1)
+        new_top = column(p)
+        nisa.tensor_scalar(
+            dst=new_top, data=best, op0=nl.multiply, operand0=factor, op1=nl.maximum, operand1=top
+        )
+        minus_top = column(p)
+        nisa.tensor_scalar(dst=minus_top, data=new_top, op0=nl.multiply, operand0=-1.0)
+        shrink = column(p)
+        nisa.activation(dst=shrink, op=nl.exp, data=top, bias=minus_top)
+        count = k1 - k0
+        power = nl.ndarray((p, count), query.dtype, buffer=nl.sbuf)
+        if len(seen) < len(blocks):
+            nisa.memset(dst=power, value=0.0)  # skipped blocks share chunks with seen ones
+        part = column(p)
+        for i in range(len(seen)):
+            start, stop, kind = seen[i]
+            how = nisa.reduce_cmd.reset_reduce if i == 0 else nisa.reduce_cmd.reduce
+            nisa.activation(
+                dst=power[:, start - k0 : stop - k0],
+                op=nl.exp,
+                data=scores[i],
+                scale=factor,
+                bias=minus_top,
+                reduce_op=nl.add,
+                reduce_res=part,
+                reduce_cmd=how,
+            )
+        nisa.scalar_tensor_tensor(
+            dst=total, data=total, op0=nl.multiply, operand0=shrink, op1=nl.add, operand1=part
+        )
+        out_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
+        plus_psum = minus_psum = out_psum
+        if guarded:
+            plus_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
+            minus_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
+        chunks = (count + 127) // 128
+        strided = count % 128 == 0
+        seen_to = seen[len(seen) - 1][1] - k0
+        seen_from = seen[0][0] - k0
+        for chunk in range(chunks):
+            if not strided and (chunk * 128 >= seen_to or chunk * 128 + 128 <= seen_from):
+                continue
+            v, first, step = value_chunk(v_tiles, chunk, count, dv)
+            rows = v.shape[0]
+            turned = turn(power[:, first : first + (rows - 1) * step + 1 : step], turned_count)
+            turned_count += 1
+            if guarded:
+                clean, plus, minus = finite_part(v)
+                nisa.nc_matmul(dst=out_psum, stationary=turned, moving=clean)
+                nisa.nc_matmul(dst=plus_psum, stationary=turned, moving=plus)
+                nisa.nc_matmul(dst=minus_psum, stationary=turned, moving=minus)
+            else:
+                nisa.nc_matmul(dst=out_psum, stationary=turned, moving=v)
+        nisa.scalar_tensor_tensor(
+            dst=acc, data=acc, op0=nl.multiply, operand0=shrink, op1=nl.add, operand1=out_psum
+        )
+        if guarded:
+            _add_infinities(acc, plus_psum, nl.add)
+            _add_infinities(acc, minus_psum, nl.subtract)
+        top = new_top
+    inverse = column(p)
+    nisa.tensor_scalar(dst=inverse, data=total, op0=nl.maximum, operand0=1.0e-37)
+    nisa.reciprocal(dst=inverse, data=inverse)
+    out = nl.ndarray((p, dv), query.dtype, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=out, data=acc, op0=nl.multiply, operand0=inverse)
+    nisa.dma_copy(dst=out_hbm[b, h, q0:q1], src=out)
+    lse = column(p)
+    nisa.activation(dst=lse, op=nl.log, data=total)
+    nisa.tensor_tensor(dst=lse, data1=lse, data2=top, op=nl.add)
+    nisa.dma_copy(dst=lse_hbm[b, h, q0:q1], src=lse)
+
+
+def options_of(
+    query, key, attn_mask, sinks, alibi_slopes, seqlens_k, *, is_causal, scale, bottom_right, window_left, window_right,
+    softcap, packed,
+):  # fmt: skip
+    """The static choices of both attention kernels."""
+    group = query.shape[-3] // key.shape[-3]
+    per_query = bool(is_causal) or window_left >= 0 or window_right >= 0
+    steady = 1e-4 <= scale <= 1e4  # else the lowest float32 times scale is no safe filling
+    return {
+        "is_causal": bool(is_causal),
+        "scale": float(scale),
+        "bottom_right": bool(bottom_right),
+        "window_left": int(window_left),
+        "window_right": int(window_right),
+        "softcap": float(softcap),
+        "has_mask": attn_mask is not None,
+        "float_mask": attn_mask is not None and dtype_name(attn_mask) in FLOATS,
+        "has_sinks": sinks is not None,
+        "has_alibi": alibi_slopes is not None,
+        "has_seqlens": seqlens_k is not None,
+        "per_query_bounds": per_query,
+        "natural": softcap > 0 or alibi_slopes is not None or attn_mask is not None or not steady,
+        "packed": packed,
+        "group": group,
+        "row_step": 0 if packed else 1,
+        "queries": 1 if packed else query.shape[-2],
+    }
+
+
+def supports(query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None, dropout_seed=None, **rest):
+    if rest.get("dropout_p"):
+        return "dropout: the engines have no Philox-4x32-10, so the mask could not be that of the other backends"
+    given = {"query": query, "key": key, "value": value, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    for name, size in (("head_dim", query.shape[-1]), ("value head_dim", value.shape[-1])):
+        if size > 512:
+            return f"{name} of {size}; the kernel takes at most 512 (one PSUM bank)"
+    if attn_mask is not None and dtype_name(attn_mask) not in (*FLOATS, "bool"):
+        return f"attn_mask is {dtype_name(attn_mask)}; the NKI kernels take bool, {', '.join(FLOATS)}"
+    return refuse_dtypes(given) or refuse_empty({**given, "attn_mask": attn_mask})
+
+
+def heads_of(x):
+    """[B.., h, s, d] as dense [B, h, s, d]."""
+    return dense(x).reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def vector_of(x):
+    return None if x is None else dense(x).reshape(x.shape[0], 1)
+
+
+def run(
+    query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None, dropout_seed=None, *, is_causal,
+    scale, bottom_right, window_left, window_right, softcap, dropout_p=0.0, outs=None, cores=1,
+):  # fmt: skip
+    """out and lse of arrays in the kernel form."""
+    shape = tuple(query.shape)
+    group = shape[-3] // key.shape[-3]
+    packed = shape[-2] == 1 and 1 < group <= 128
+    options = options_of(
+        query, key, attn_mask, sinks, alibi_slopes, seqlens_k, is_causal=is_causal, scale=scale,
+        bottom_right=bottom_right, window_left=window_left, window_right=window_right, softcap=softcap, packed=packed,
+    )  # fmt: skip
+    q, k, v = heads_of(query), heads_of(key), heads_of(value)
+    mask = None if attn_mask is None else squeezed_mask(attn_mask)
+    if packed:
+        q = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.reshape(mask.shape[0], k.shape[1], group, mask.shape[3])
+    if mask is not None and not options["float_mask"]:
+        mask = as_bytes(mask)
+    lengths = None if seqlens_k is None else as_int32(dense(seqlens_k)).reshape(q.shape[0], 1)
+    out, lse = attention_kernel[cores](
+        q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths, options
+    )
+    return {"out": out.reshape(*shape[:-1], value.shape[-1]), "lse": lse.reshape(shape[:-1])}
