@@ -91,6 +91,75 @@ inline void sum_blocks_of_b(ColumnPanel<Kind> panel, const FewRows<Kind>& few, t
   }
 }
 
+template <class Kind, class Src>
+#if defined(__AVX512F__)
+constexpr bool kBlocksInRegisters = transposes_quads<Kind, Src>();
+#else
+constexpr bool kBlocksInRegisters = false;
+#endif
+
+template <class Kind, class Src>
+inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t cols, const FewRows<Kind>& few,
+                        float* sums, int64_t width);
+
+#if defined(__AVX512F__)
+// The same for so few rows that storing the block costs more than the products: it stays in registers.
+template <class Kind, class Src, int kRows>
+inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t cols,
+                        const typename Kind::Packed* a, float* sums, int64_t width) {
+  using V = Vec<float>;
+  constexpr int64_t kPer = Kind::kPerStep, kBlock = 16, kAhead = 512 / static_cast<int64_t>(sizeof(Src));
+  const int64_t steps = Kind::steps(kc), whole = kc / kPer / kBlock * kBlock;
+  for (int64_t i = 0; i < kRows * width; i += 16) V::zero().store(sums + i);
+  const auto block_of = [&](int64_t s, int64_t j, int64_t last, int64_t ahead) __attribute__((always_inline)) {
+    const Block16 block = transpose_block<Kind>(b + j * b_n + s * kPer, b_n, last, ahead);
+    V sum[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) sum[i] = V::load(sums + i * width + j);
+    const typename Kind::Packed* at = a + s * kRows;
+#pragma GCC unroll 16
+    for (int u = 0; u < kBlock; ++u)
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+        sum[i] = Kind::multiply_add(Kind::broadcast(at + u * kRows + i), Kind::from_float(block.step[u]), sum[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) sum[i].store(sums + i * width + j);
+  };
+  for (int64_t s = 0; s < whole; s += kBlock) {
+    const bool more = s * kPer + kAhead < left;
+    int64_t j = 0;
+    for (; j + 16 <= cols; j += 16) {
+      if (more) block_of(s, j, 15, kAhead);
+      else block_of(s, j, 15, 0);
+    }
+    if (j < cols) block_of(s, j, cols - 1 - j, 0);
+  }
+  for (int64_t s = whole; s < steps; ++s) {
+    for (int64_t j = 0; j < width; j += 16) {
+      typename Kind::Packed column[16] = {};
+      for (int64_t c = 0; c < 16 && j + c < cols; ++c)
+        column[c] = Kind::pack(b + (j + c) * b_n + s * kPer, int64_t{1}, kc - s * kPer);
+      for (int i = 0; i < kRows; ++i) {
+        float* at = sums + i * width + j;
+        Kind::multiply_add(Kind::broadcast(a + s * kRows + i), Kind::load(column), V::load(at)).store(at);
+      }
+    }
+  }
+}
+
+// left: elements of each column from here to its end.
+template <class Kind, class Src>
+inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t cols, const FewRows<Kind>& few,
+                        float* sums, int64_t width) {
+  switch (few.row[1]) {
+    case 1: return dot_columns<Kind, Src, 1>(b, b_n, kc, left, cols, few.a[0], sums, width);
+    case 2: return dot_columns<Kind, Src, 2>(b, b_n, kc, left, cols, few.a[0], sums, width);
+    case 3: return dot_columns<Kind, Src, 3>(b, b_n, kc, left, cols, few.a[0], sums, width);
+    default: return dot_columns<Kind, Src, 4>(b, b_n, kc, left, cols, few.a[0], sums, width);
+  }
+}
+#endif
+
 // Columns [n0, n1) of a problem of few rows. a: the problem's packed a.
 template <class Kind, class Src>
 inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const typename Kind::Packed* a) {
@@ -99,7 +168,10 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const typename Kind:
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes, kBlock = 32;
   if (g.k == 0 || g.m > kFewRows) return false;
   const bool by_rows = g.b_n == 1 && g.m <= 4;
-  const int64_t most_width = by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : kWidth;
+  // Few columns at a time for dot_columns: columns a power of two apart compete for the same cache sets.
+  const bool by_dots = kBlocksInRegisters<Kind, Src> && !by_rows && g.b_k == 1 && g.m <= 4;
+  const int64_t most_width =
+      by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : by_dots ? 2 * Kind::kLanes : kWidth;
   Scratch<Acc> totals(g.m * most_width), chunk_sums(g.k > Kind::kChunk ? g.m * most_width : 0);
   Scratch<typename Kind::Packed> packed(kBlock * kWidth);
   const Src* b = static_cast<const Src*>(g.b) + g.b_offset;
@@ -110,12 +182,18 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const typename Kind:
       const FewRows<Kind> few(g.m, a + g.m * Kind::steps(k0), Kind::steps(kc));
       Acc* sums = k0 == 0 ? totals.data() : chunk_sums.data();
       const Src* from = b + k0 * g.b_k + j * g.b_n;
-      if (by_rows) {
-        sum_rows_of_b<Kind>(from, g.b_k, kc, cols, few, sums, width);
-      } else {
+      const auto by_blocks = [&] {
         const int64_t item = static_cast<int64_t>(sizeof(Src));
         const ColumnPanel<Kind> panel{reinterpret_cast<const char*>(from), item, g.b_k, g.b_n, kc, cols, width};
         sum_blocks_of_b<Kind, Src>(panel, few, packed.data(), sums);
+      };
+      if (by_rows) {
+        sum_rows_of_b<Kind>(from, g.b_k, kc, cols, few, sums, width);
+      } else if constexpr (kBlocksInRegisters<Kind, Src>) {
+        if (by_dots) dot_columns<Kind>(from, g.b_n, kc, g.k - k0, cols, few, sums, width);
+        else by_blocks();
+      } else {
+        by_blocks();
       }
       if (k0 == 0) continue;
       for (int64_t i = 0; i < g.m * width; i += Kind::kLanes)

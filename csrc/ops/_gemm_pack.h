@@ -54,7 +54,65 @@ ISOTILE_INLINE Quads transpose_quads(const Src* p, int64_t stride, int64_t last)
            _mm256_shuffle_ps(high01, high23, 0x44), _mm256_shuffle_ps(high01, high23, 0xee)}};
 }
 
-// Columns [j0, j1) of `cols`, j0 a multiple of 8, rounded up to 8 -> dst [step][width]. Returns how many of the steps are done.
+#if defined(__AVX512F__)
+// Likewise 16 steps x 16 columns: a whole line of each column at once.
+struct Block16 {
+  __m512 step[16];
+};
+
+template <class Kind>
+ISOTILE_INLINE __m512 load_steps(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+template <class Kind>
+ISOTILE_INLINE __m512 load_steps(const Float16* p) {
+  return Vec<float>::load(p).v;
+}
+template <class Kind>
+ISOTILE_INLINE __m512 load_steps(const BFloat16* p) {
+  return Kind::kPerStep == 2 ? _mm512_loadu_ps(p) : Vec<float>::load(p).v;
+}
+
+// ahead: how many elements further to fetch the column's line from, 0 for none.
+template <class Kind, class Src>
+ISOTILE_INLINE Block16 transpose_block(const Src* p, int64_t stride, int64_t last, int64_t ahead) {
+  __m512 r[16], t[16];
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; ++c) {
+    const Src* column = p + (c < last ? c : last) * stride;
+    if (ahead != 0) __builtin_prefetch(column + ahead, 0, 2);
+    r[c] = load_steps<Kind>(column);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // r[i + c]: columns i .. i + 3, steps c, 4 + c, 8 + c, 12 + c
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m512d low = _mm512_castps_pd(t[i + h]), high = _mm512_castps_pd(t[i + h + 2]);
+      r[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      r[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  Block16 out;
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), odd0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+    const __m512 even1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512 odd1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+    out.step[c] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    out.step[8 + c] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+    out.step[4 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    out.step[12 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+  return out;
+}
+#endif
+
+// Columns [j0, j1) of `cols`, j0 a multiple of 16 -> dst [step][width], whole lanes. Returns how many of the steps are done.
 template <class Kind, class Src, class Packed>
 inline int64_t pack_transposed(Packed* dst, const Src* src, int64_t stride, int64_t steps, int64_t cols, int64_t width,
                                int64_t j0, int64_t j1) {
@@ -62,7 +120,7 @@ inline int64_t pack_transposed(Packed* dst, const Src* src, int64_t stride, int6
     return 0;
   } else {
     const int64_t whole = steps / 4 * 4;
-    for (int64_t j = j0; j < j1 && j < cols; j += 8) {
+    for (int64_t j = j0; j < j1; j += 8) {
       const Src* p = src + j * stride;
       float* to = reinterpret_cast<float*>(dst + j);
       for (int64_t s = 0; s < whole; s += 4) {
@@ -108,7 +166,7 @@ struct ColumnPanel {
 
   bool by_columns() const { return sk == 1 && sn != 1; }
   int64_t begin(int64_t part) const {
-    return by_columns() ? ((width + 7) / 8 * part + kParts - 1) / kParts * 8 : Kind::steps(kc) * part / kParts;
+    return by_columns() ? ceil_div(ceil_div(width, 16) * part, kParts) * 16 : Kind::steps(kc) * part / kParts;
   }
   // Parts [part, end) as lines of memory.
   Prefetch prefetch(int64_t part, int64_t end, int64_t calls) const {

@@ -67,6 +67,9 @@ struct FloatKind {
     return kFull ? Vec<T>::load(p) : Vec<T>::load(p, n);
   }
   static ISOTILE_INLINE void store(Operand v, Packed* p) { v.store(p); }
+#if defined(__AVX512F__)
+  static ISOTILE_INLINE Operand from_float(__m512 v) { return {v}; }
+#endif
 };
 
 #if ISOTILE_HAS_BF16_DOT
@@ -103,6 +106,7 @@ struct PairKind {
     return _mm512_or_si512(load(p), _mm512_slli_epi32(load(p + stride), 16));
   }
   static ISOTILE_INLINE void store(Operand v, Packed* p) { _mm512_storeu_si512(p, v); }
+  static ISOTILE_INLINE Operand from_float(__m512 v) { return _mm512_castps_si512(v); }
 };
 #endif
 
