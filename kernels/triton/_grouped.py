@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Descriptor, Launch
-from ._layout import architecture, next_power, override
+from ._layout import architecture, next_power, override, read_config
 from ._tiles import tile_position
 
 
@@ -147,8 +147,7 @@ def _wide(*views):
 def rows_launch(a, b, b_strides, offsets, y, n, k, allow_tf32, config):
     """y = a @ b[g] by groups; `b_strides` (group, inner, column) may transpose b."""
     rows, groups = a.shape[0], offsets.shape[0]
-    config = dict(config or {})
-    config.pop("batch_invariant", None)
+    config, _ = read_config(config)
     forced = config.pop("descriptors", None)
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
     meta = _meta(config, a, b, tf32)
@@ -184,8 +183,7 @@ def rows_launch(a, b, b_strides, offsets, y, n, k, allow_tf32, config):
 
 def weights_launch(a, grad, offsets, grad_b, allow_tf32, config):
     groups, k, n = grad_b.shape
-    config = dict(config or {})
-    config.pop("batch_invariant", None)
+    config, _ = read_config(config)
     config.pop("descriptors", None)
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
     meta = _meta(config, a, grad, tf32)

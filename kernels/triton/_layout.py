@@ -101,8 +101,17 @@ def wide(*spans):
     return any((size - 1) * abs(stride) >= 2**31 - 2**20 for size, stride in spans if size > 0)
 
 
+def read_config(config):
+    """(numbers, whether the batch may not matter): config is None, a dict of numbers, or "batch_invariant"."""
+    if config == "batch_invariant":
+        return {}, True
+    config = dict(config or {})
+    return config, config.pop("batch_invariant", False)
+
+
 def override(default, config):
     """The default configuration with the caller's numbers in place."""
+    config, _ = read_config(config)
     if not config:
         return default
     unknown = set(config) - set(default)

@@ -18,7 +18,7 @@ import triton.language as tl
 from ._attention import (LN2, LOG2E, Options, block_d, finite_part, hidden_free, kept, key_range, lookup, refuse, scores,
                          spans_wide, walk)
 from ._launch import Descriptor, Launch, Scratch
-from ._layout import architecture, next_power, override, product, refuse_loops, units
+from ._layout import architecture, next_power, override, product, read_config, refuse_loops, units
 from ._tiles import loop_offset
 
 
@@ -266,7 +266,7 @@ TILES = {
     "ampere": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (256, 64, 64, 8, 2), (512, 32, 32, 8, 1)),
     "consumer": ((64, 128, 64, 4, 3), (128, 128, 32, 8, 3), (256, 64, 32, 4, 2), (512, 32, 16, 8, 1)),
     "cdna": ((64, 128, 64, 4, 1), (128, 128, 64, 4, 1), (256, 64, 32, 4, 1), (512, 32, 16, 4, 1)),
-    "float32": ((64, 64, 32, 4, 2), (128, 32, 32, 4, 2), (256, 16, 32, 4, 1), (512, 16, 16, 8, 1)),
+    "float32": ((128, 32, 32, 4, 2), (256, 16, 32, 4, 1), (512, 16, 16, 8, 1)),
     "interpreter": ((512, 64, 64, 4, 1),),
 }
 PACKED = {  # decode: rows of a tile are at least 16
@@ -301,8 +301,7 @@ def prepare(query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, se
     sizes, strides = walk([query, key, value, attn_mask, seqlens_k, out, lse], [3, 3, 3, 3, 0, 3, 2])
     q_strides, k_strides, v_strides, mask_strides, lengths_strides, out_strides, lse_strides = strides
     batch, group = product(sizes), heads // key_heads
-    config = dict(config or {})
-    invariant = config.pop("batch_invariant", False)
+    config, invariant = read_config(config)
     forced = config.pop("descriptors", None)
     pack = config.pop("PACK", sq * group <= PACK_ROWS)
     widest = max(block_d(d), block_d(dv))

@@ -19,7 +19,7 @@ import triton.language as tl
 from ._attention import (LOG2E, Options, block_d, finite_part, hidden_free, kept, key_range, lookup, query_range, refuse, scores,
                          spans_wide, walk)
 from ._launch import Launch, Scratch
-from ._layout import architecture, next_power, override, product, refuse_loops
+from ._layout import architecture, next_power, override, product, read_config, refuse_loops
 from ._tiles import loop_offset, sum_partials_kernel
 
 
@@ -414,8 +414,7 @@ def prepare(grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask
                                    grad_key, grad_value, grad_attn_mask))
     (grad_out_strides, grad_lse_strides, q_strides, k_strides, v_strides, mask_strides, lengths_strides, out_strides,
      lse_strides, grad_q_strides, grad_k_strides, grad_v_strides, grad_mask_strides) = strides
-    config = dict(config or {})
-    config.pop("batch_invariant", None)  # rows never share a sum across the batch
+    config, _ = read_config(config)  # rows never share a sum across the batch, so nothing changes
     widest = max(block_d(d), block_d(dv))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     key_meta = override(dict(zip(names, lookup(KEY_TILES, query.dtype, widest))), config.pop("key", None))

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import _matmul_descriptor
 from ._launch import Launch, Scratch
-from ._layout import (MAX_GRID, architecture, loops, merge_loops, next_power, override, product, refuse_dtypes,
+from ._layout import (MAX_GRID, architecture, loops, merge_loops, next_power, override, product, read_config, refuse_dtypes,
                       refuse_loops, units, wide)
 from ._tiles import loop_offset, store_epilogue, tile_position
 
@@ -224,15 +224,14 @@ def prepare(a, b, bias=None, residual=None, y=None, preactivation=None, *, activ
     n, k = y.shape[-1], a.shape[-1]
     sizes, m, strides = fold(a, b, residual, y, preactivation)
     batch = product(sizes)
-    config = dict(config or {})
-    invariant = config.pop("batch_invariant", False)
+    config, invariant = read_config(config)
     forced = config.pop("descriptors", None)
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
     loaded = int(activation) != 0 or residual is not None or preactivation is not None
     meta = override(choose(batch, m, n, k, a.dtype, tf32, units(a.device), invariant, loaded), config)
     plain = pointer_launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, int(activation),
                              tf32, meta)
-    if forced is False or meta["SPLIT_K"] > 1:
+    if forced is False or invariant or meta["SPLIT_K"] > 1:  # invariant: the other kernel would depend on m
         return plain
     return _matmul_descriptor.launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides,
                                        int(activation), tf32, meta, plain, forced) or plain

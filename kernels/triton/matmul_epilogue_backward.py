@@ -15,18 +15,18 @@ def matmul_epilogue_backward_kernel(grad_ptr, preactivation_ptr, grad_z_ptr, gra
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
-    cols = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = cols.to(tl.int64) if WIDE else cols
+    block = (pid % blocks).to(tl.int64) if WIDE else pid % blocks
+    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (cols < n)[None, :]
-    grad = tl.load(grad_ptr + loop_offset(row, sizes, grad_strides)[:, None] + at[None, :] * grad_strides[3],
+    grad = tl.load(grad_ptr + loop_offset(row, sizes, grad_strides)[:, None] + cols[None, :] * grad_strides[3],
                    mask=mask, other=0.0).to(tl.float32)
-    z = tl.load(preactivation_ptr + loop_offset(row, sizes, preactivation_strides)[:, None] + at[None, :] *
+    z = tl.load(preactivation_ptr + loop_offset(row, sizes, preactivation_strides)[:, None] + cols[None, :] *
                 preactivation_strides[3], mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == 1:
         grad = tl.where(z <= 0, 0.0, grad)  # a gate, so that an infinite gradient stays hidden
     else:
         grad = grad * activation_slope(z, ACTIVATION)
-    tl.store(grad_z_ptr + loop_offset(row, sizes, grad_z_strides)[:, None] + at[None, :] * grad_z_strides[3],
+    tl.store(grad_z_ptr + loop_offset(row, sizes, grad_z_strides)[:, None] + cols[None, :] * grad_z_strides[3],
              grad.to(grad_z_ptr.dtype.element_ty), mask=mask)
 
 

@@ -79,6 +79,7 @@ class Replay:
 
     def __init__(self, launches, views, device):
         self.device = torch.device(device)
+        self.index = self.device.index if self.device.type == "cuda" else None
         index = {id(view): i for i, view in enumerate(views) if view is not None}
         self.scratch = []
 
@@ -92,11 +93,15 @@ class Replay:
         self.launches = launches  # views and scratch are known by identity: keep them alive
 
     def run(self, tensors):
-        """Runs on the current stream. `tensors` in the order of `views`."""
+        """Runs on the device's current stream. `tensors` in the order of `views`."""
+        if self.index is not None and torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):
+                return self.run(tensors)
         if self.scratch:
             tensors = [*tensors, *(torch.empty(s, dtype=d, device=self.device) for s, d in self.scratch)]
         for step in self.steps:
             step.run(tensors)
+        return None
 
 
 class _Step:
