@@ -79,7 +79,7 @@ void key_products(const T* k, int64_t k_row, int64_t d, const typename Packed<T>
   using A = Accumulator<T>;
   using V = Vec<A>;
   using K = KeyVectors<T>;
-  constexpr int kKeys = kDecodeSums / kRows, kTogether = kKeys < 4 ? kKeys : 4;
+  constexpr int kKeys = kDecodeSums / kRows, kTogether = kRows == 1 ? 1 : 2;  // one row: in the order of memory
   const int64_t full = d / K::kStep, rest = d % K::kStep;
   for (int64_t j = 0; j < n; j += kKeys) {
     V sums[kDecodeSums];  // [kRows][kKeys]
@@ -237,7 +237,7 @@ struct DecodeTask {
       }
       const T* k = keys.row(k0 + c0);
       const T* v = values.row(k0);
-      each_row_group(rows, [&](auto size, int64_t r) {
+      each_row_group<4>(rows, [&](auto size, int64_t r) {
         key_products<T, decltype(size)::value>(k, keys.stride_seq, p.d, q + r * words, words, n - c0, scores + r * kDecodeBlock + c0,
                                                kDecodeBlock);
       });
@@ -251,9 +251,10 @@ struct DecodeTask {
       }
       const Scratch<A> before(ragged ? rows * o_row : 0);
       if (ragged) __builtin_memcpy(before.data(), o, static_cast<size_t>(rows * o_row) * sizeof(A));
+      // Two rows at a time leave room for eight vectors of columns: memory is then read in order, which decides the speed.
       const int64_t step = rows > 2 || p.dv > 128 ? 32 : kDecodeBlock;  // keys whose values stay in L1 for all rows and columns
       for (int64_t j = c0; j < n; j += step) {
-        each_row_group(rows, [&](auto size, int64_t r) {
+        each_row_group<2>(rows, [&](auto size, int64_t r) {
           value_products<T, decltype(size)::value>(v + j * values.stride_seq, values.stride_seq, p.dv, scores + r * kDecodeBlock + j,
                                                    kDecodeBlock, min64(step, n - j), o + r * o_row, o_row);
         });
@@ -281,14 +282,14 @@ struct DecodeTask {
   struct Size {
     static constexpr int value = kSize;
   };
-  template <class F>
+  // f(size, row) for the rows in groups of up to kMost.
+  template <int kMost, class F>
   static ISOTILE_INLINE void each_row_group(int64_t rows, const F& f) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) f(Size<4>{}, r);
-    if (r + 2 <= rows) {
-      f(Size<2>{}, r);
-      r += 2;
+    if constexpr (kMost == 4) {
+      for (; r + 4 <= rows; r += 4) f(Size<4>{}, r);
     }
+    for (; r + 2 <= rows; r += 2) f(Size<2>{}, r);
     if (r < rows) f(Size<1>{}, r);
   }
 };
