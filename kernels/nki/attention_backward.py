@@ -1,0 +1,313 @@
+"""Gradients of attention from the saved output and log-sum-exp (Dao et al. 2022, algorithm 4).
+
+Query tiles of 128 in the outer loop, key blocks of 512 inside. Scores are taken again; P = exp(score - lse),
+dS = P * (dO v^T - D) with D = sum(dO * out) - grad_lse. grad_key and grad_value of one key/value head stay in SBUF in
+float32 while all query tiles of its group pass; P and dS have queries on partitions, so their products with dO and q need
+no transpose; only dS is turned for grad_query. Hidden pairs are set to exactly 0 in P and dS, and where some pairs of a
+block are hidden, a key that is not finite is kept from meeting those zeros.
+"""
+
+import math
+
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+from ._arrays import as_bytes, as_int32, dense, dtype_name, squeezed_mask
+from ._tiles import DTYPES, add_other_core, column, constant, load, load_across, my_tiles, sum_partitions
+from .attention import (
+    FLOOR,
+    _add_infinities,
+    _drop_past_end,
+    block_kind,
+    finite_part,
+    head_column,
+    heads_of,
+    hidden_by_mask,
+    load_mask,
+    natural_scores,
+    options_of,
+    products,
+    query_bounds,
+    turn,
+    vector_of,
+)
+from .attention import supports as supports_forward
+from .matmul import load_contraction
+
+SBUF_BYTES = 131072
+
+
+def _zero_outside(tile_sbuf, k0, low, high):
+    """0 where the key is outside [low, high)."""
+    p, width = tile_sbuf.shape
+    key = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+    nisa.iota(dst=key, pattern=[[1, width]], offset=k0, channel_multiplier=0)
+    out = nl.ndarray((p, width), nl.uint8, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=out, data=key, op0=nl.less, operand0=low)
+    nisa.tensor_copy_predicated(dst=tile_sbuf, src=0.0, predicate=out)
+    nisa.tensor_scalar(dst=out, data=key, op0=nl.greater_equal, operand0=high)
+    nisa.tensor_copy_predicated(dst=tile_sbuf, src=0.0, predicate=out)
+
+
+def _contractions(src, k0, k1):
+    """[d up to 128, rows] pieces of src [rows, d]."""
+    tiles = []
+    for d0 in range(0, src.shape[1], 128):
+        tiles.append(load_contraction(src, True, d0, min(src.shape[1], d0 + 128), k0, k1))
+    return tiles
+
+
+def _add_product(held, left, right, guarded):
+    """held += left^T right; guarded: zeros of left meet only finite values of right."""
+    bank = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
+    if guarded:
+        clean, plus, minus = finite_part(right)
+        nisa.nc_matmul(dst=bank, stationary=left, moving=clean)
+        plus_psum = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
+        minus_psum = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
+        # The sign of left decides the sign of its infinity: positive and negative parts go separately.
+        up = nl.ndarray(left.shape, left.dtype, buffer=nl.sbuf)
+        down = nl.ndarray(left.shape, left.dtype, buffer=nl.sbuf)
+        nisa.tensor_scalar(dst=up, data=left, op0=nl.greater, operand0=0.0)
+        nisa.tensor_scalar(dst=down, data=left, op0=nl.less, operand0=0.0)
+        nisa.nc_matmul(dst=plus_psum, stationary=up, moving=plus)
+        nisa.nc_matmul(dst=plus_psum, stationary=down, moving=minus)
+        nisa.nc_matmul(dst=minus_psum, stationary=up, moving=minus)
+        nisa.nc_matmul(dst=minus_psum, stationary=down, moving=plus)
+        nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
+        _add_infinities(held, plus_psum, nl.add)
+        _add_infinities(held, minus_psum, nl.subtract)
+    else:
+        nisa.nc_matmul(dst=bank, stationary=left, moving=right)
+        nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
+
+
+def _store_scaled(dst_hbm, held, scale):
+    result = nl.ndarray(held.shape, dst_hbm.dtype, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=result, data=held, op0=nl.multiply, operand0=scale)
+    nisa.dma_copy(dst=dst_hbm, src=result)
+
+
+@nki.jit
+def attention_backward_kernel(
+    grad_out, grad_lse, query, key, value, mask, sinks, slopes, seqlens, out, lse, options, mask_dtype, sinks_dtype,
+):  # fmt: skip
+    """Shapes as in attention_kernel; grad_lse and lse [B, hq, sq, 1]. Returns grad_query, grad_key, grad_value, then
+    grad_mask [B, hq, sq, sk] and grad_sinks [1, hq] where wanted.
+    """
+    batch, heads, sq, d = query.shape
+    kv_heads, sk, dv = key.shape[1], key.shape[2], value.shape[3]
+    group = heads // kv_heads
+    grad_q_hbm = nl.ndarray(query.shape, query.dtype, buffer=nl.shared_hbm)
+    grad_k_hbm = nl.ndarray(key.shape, key.dtype, buffer=nl.shared_hbm)
+    grad_v_hbm = nl.ndarray(value.shape, value.dtype, buffer=nl.shared_hbm)
+    results = [grad_q_hbm, grad_k_hbm, grad_v_hbm]
+    grad_mask_hbm = grad_q_hbm
+    if options["need_mask"]:
+        grad_mask_hbm = nl.ndarray((batch, heads, sq, sk), DTYPES[mask_dtype], buffer=nl.shared_hbm)
+        results.append(grad_mask_hbm)
+    grad_sinks_hbm = grad_q_hbm
+    sink_sums = column(128)
+    if options["need_sinks"]:
+        grad_sinks_hbm = nl.ndarray((1, heads), DTYPES[sinks_dtype], buffer=nl.shared_hbm)
+        results.append(grad_sinks_hbm)
+        sink_sums = constant(128, heads, 0.0, nl.float32)
+    first, last = my_tiles(batch * kv_heads, 1)
+    for pair in range(first, last):
+        b, kv = pair // kv_heads, pair % kv_heads
+        keys_across = column(128)
+        if options["has_seqlens"]:
+            lengths = load_across(seqlens[b : b + 1], 128, 0, 1, nl.int32)
+            nisa.tensor_copy(dst=keys_across, src=lengths)
+            nisa.tensor_scalar(
+                dst=keys_across,
+                data=keys_across,
+                op0=nl.maximum,
+                operand0=0.0,
+                op1=nl.minimum,
+                operand1=float(sk),
+            )
+        k_turned = _contractions(key[b, kv], 0, sk)
+        v_turned = _contractions(value[b, kv], 0, sk)
+        k_rows = []
+        grad_k = []
+        grad_v = []
+        for c in range(0, sk, 128):
+            stop = min(sk, c + 128)
+            k_rows.append(
+                _drop_past_end(load(key[b, kv, c:stop], key.dtype), c, 1, 1, d, keys_across, options)
+            )
+            grad_k.append(constant(stop - c, d, 0.0, nl.float32))
+            grad_v.append(constant(stop - c, dv, 0.0, nl.float32))
+        for h in range(kv * group, kv * group + group):
+            for q0 in range(0, sq, 128):
+                q1 = min(sq, q0 + 128)
+                p = q1 - q0
+                q_turned = _contractions(query[b, h], q0, q1)
+                o_turned = _contractions(grad_out[b, h], q0, q1)
+                q_rows = load(query[b, h, q0:q1], query.dtype)
+                own_lse = load(lse[b, h, q0:q1], nl.float32)
+                blind = nl.ndarray((p, 1), nl.uint8, buffer=nl.sbuf)
+                nisa.tensor_scalar(dst=blind, data=own_lse, op0=nl.equal, operand0=-math.inf)
+                nisa.tensor_copy_predicated(dst=q_rows, src=0.0, predicate=blind.broadcast(1, d))
+                do_rows = load(grad_out[b, h, q0:q1], grad_out.dtype)
+                o_rows = load(out[b, h, q0:q1], out.dtype)
+                product = nl.ndarray((p, dv), nl.float32, buffer=nl.sbuf)
+                nisa.tensor_tensor(dst=product, data1=do_rows, data2=o_rows, op=nl.multiply)
+                dot = column(p)
+                nisa.tensor_reduce(dst=dot, op=nl.add, data=product, axis=1)
+                if options["has_grad_lse"]:
+                    upstream = load(grad_lse[b, h, q0:q1], nl.float32)
+                    nisa.tensor_tensor(dst=dot, data1=dot, data2=upstream, op=nl.subtract)
+                minus_lse = column(p)
+                nisa.tensor_scalar(
+                    dst=minus_lse, data=own_lse, op0=nl.maximum, operand0=FLOOR, op1=nl.multiply, operand1=-1.0
+                )
+                position, low, high = query_bounds(q0, p, sq, sk, keys_across, options)
+                slope = position
+                if options["has_alibi"]:
+                    slope = head_column(slopes, b, h, p, options)
+                if options["need_sinks"]:
+                    sink = head_column(sinks, b, h, p, options)
+                    weight = column(p)
+                    nisa.activation(dst=weight, op=nl.exp, data=sink, bias=minus_lse)
+                    nisa.tensor_tensor(dst=weight, data1=weight, data2=dot, op=nl.multiply)
+                    held = sink_sums[0:p, h : h + 1]
+                    nisa.tensor_tensor(dst=held, data1=held, data2=weight, op=nl.subtract)
+                grad_q = constant(p, d, 0.0, nl.float32)
+                turned_count = 0
+                for k0 in range(0, sk, 512):
+                    k1 = min(sk, k0 + 512)
+                    width = k1 - k0
+                    kind = block_kind(k0, k1, q0, q1, sq, sk, options)
+                    if kind == 0:
+                        if options["need_mask"]:
+                            zeros = constant(p, width, 0.0, DTYPES[mask_dtype])
+                            nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=zeros)
+                        continue
+                    score = products(q_turned, k_turned, k0, k1)
+                    raw = score
+                    mask_sbuf = score
+                    if options["has_mask"]:
+                        mask_sbuf = load_mask(mask, b, h, q0, q1, k0, k1)
+                    factor = options["scale"]
+                    if options["natural"]:
+                        score = natural_scores(raw, k0, position, slope, mask_sbuf, options)
+                        factor = 1.0
+                    power = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+                    nisa.activation(dst=power, op=nl.exp, data=score, scale=factor, bias=minus_lse)
+                    grad_p = products(o_turned, v_turned, k0, k1)
+                    grad_s = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+                    if kind == 2:
+                        _zero_outside(power, k0, low, high)
+                    if options["has_mask"]:
+                        nisa.tensor_copy_predicated(dst=power, src=0.0, predicate=hidden_by_mask(mask_sbuf))
+                    nisa.scalar_tensor_tensor(
+                        dst=grad_s,
+                        data=grad_p,
+                        op0=nl.subtract,
+                        operand0=dot,
+                        op1=nl.multiply,
+                        operand1=power,
+                    )
+                    if kind == 2:
+                        _zero_outside(grad_s, k0, low, high)
+                    if options["has_mask"]:
+                        nisa.tensor_copy_predicated(dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf))
+                    if options["need_mask"]:
+                        rounded = nl.ndarray((p, width), DTYPES[mask_dtype], buffer=nl.sbuf)
+                        nisa.tensor_copy(dst=rounded, src=grad_s)
+                        nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=rounded)
+                    if options["softcap"] > 0.0:
+                        bent = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+                        nisa.activation(
+                            dst=bent, op=nl.tanh, data=raw, scale=options["scale"] / options["softcap"]
+                        )
+                        nisa.tensor_tensor(dst=bent, data1=bent, data2=bent, op=nl.multiply)
+                        nisa.tensor_scalar(dst=bent, data=bent, op0=nl.subtract, operand0=1.0, reverse0=True)
+                        nisa.tensor_tensor(dst=grad_s, data1=grad_s, data2=bent, op=nl.multiply)
+                        if kind == 2:
+                            _zero_outside(grad_s, k0, low, high)
+                        if options["has_mask"]:
+                            nisa.tensor_copy_predicated(
+                                dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf)
+                            )
+                    low_power = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
+                    nisa.tensor_copy(dst=low_power, src=power)
+                    low_grad = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
+                    nisa.activation(dst=low_grad, op=nl.copy, data=grad_s)
+                    guarded = options["has_mask"] or (kind == 2 and options["per_query_bounds"])
+                    for c in range(k0, k1, 128):
+                        chunk = c // 128
+                        stop = min(k1, c + 128)
+                        _add_product(grad_v[chunk], low_power[:, c - k0 : stop - k0], do_rows, False)
+                        _add_product(grad_k[chunk], low_grad[:, c - k0 : stop - k0], q_rows, False)
+                        turned = turn(low_grad[:, c - k0 : stop - k0], turned_count)
+                        turned_count += 1
+                        _add_product(grad_q, turned, k_rows[chunk], guarded)
+                _store_scaled(grad_q_hbm[b, h, q0:q1], grad_q, options["scale"])
+        for c in range(0, sk, 128):
+            stop = min(sk, c + 128)
+            _store_scaled(grad_k_hbm[b, kv, c:stop], grad_k[c // 128], options["scale"])
+            _store_scaled(grad_v_hbm[b, kv, c:stop], grad_v[c // 128], 1.0)
+    if options["need_sinks"]:
+        total = nl.ndarray((1, heads), nl.float32, buffer=nl.sbuf)
+        sum_partitions(total, sink_sums, constant(128, 1, 1.0, nl.float32))
+        add_other_core(total, 0)
+        if nl.program_id(0) == 0:
+            nisa.dma_copy(dst=grad_sinks_hbm, src=total)
+    return tuple(results)
+
+
+def supports(
+    grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask=None, sinks=None, alibi_slopes=None,
+    seqlens_k=None, dropout_seed=None, out=None, lse=None, **rest,
+):  # fmt: skip
+    sk, d, dv = key.shape[-2], query.shape[-1], value.shape[-1]
+    size = 4 if dtype_name(query) == "float32" else 2
+    pieces = -(-d // 128) + -(-dv // 128)
+    need = sk * pieces * size + -(-sk // 128) * (d * size + 4 * (d + dv))
+    if need > SBUF_BYTES:
+        return f"{sk} keys of head_dim {d} and {dv} need {need} bytes of SBUF, the backward kernel has {SBUF_BYTES}"
+    return supports_forward(query, key, value, attn_mask, sinks, alibi_slopes, seqlens_k, dropout_seed, **rest)
+
+
+def run(
+    grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask=None, sinks=None, alibi_slopes=None,
+    seqlens_k=None, dropout_seed=None, out=None, lse=None, *, is_causal, scale, bottom_right, window_left, window_right,
+    softcap, outs, dropout_p=0.0, cores=1,
+):  # fmt: skip
+    """`outs`: dtype names of the wanted gradients, None for the others."""
+    options = options_of(
+        query, key, attn_mask, sinks, alibi_slopes, seqlens_k, is_causal=is_causal, scale=scale,
+        bottom_right=bottom_right, window_left=window_left, window_right=window_right, softcap=softcap, packed=False,
+    )  # fmt: skip
+    options["need_mask"] = outs.get("grad_attn_mask") is not None
+    options["need_sinks"] = outs.get("grad_sinks") is not None
+    options["has_grad_lse"] = grad_lse is not None
+    q, k, v = heads_of(query), heads_of(key), heads_of(value)
+    mask = None if attn_mask is None else squeezed_mask(attn_mask)
+    if mask is not None and not options["float_mask"]:
+        mask = as_bytes(mask)
+    lengths = None if seqlens_k is None else as_int32(dense(seqlens_k)).reshape(q.shape[0], 1)
+    rows = (*q.shape[:3], 1)
+    upstream = None if grad_lse is None else dense(grad_lse).reshape(rows)
+    found = list(
+        attention_backward_kernel[cores](
+            heads_of(grad_out), upstream, q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths,
+            heads_of(out), dense(lse).reshape(rows), options, outs.get("grad_attn_mask"), outs.get("grad_sinks"),
+        )  # fmt: skip
+    )
+    results = {
+        "grad_query": found.pop(0).reshape(tuple(query.shape)),
+        "grad_key": found.pop(0).reshape(tuple(key.shape)),
+        "grad_value": found.pop(0).reshape(tuple(value.shape)),
+    }
+    if options["need_mask"]:
+        results["grad_attn_mask"] = found.pop(0).reshape((*query.shape[:-1], key.shape[-2]))
+    if options["need_sinks"]:
+        results["grad_sinks"] = found.pop(0).reshape(query.shape[-3])
+    return results
+
+
