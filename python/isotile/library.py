@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from . import dispatch, registry
 from .spec import OpSpec, Tensor
-from .state import CURRENT
+from .state import CURRENT, State
 
 NAMESPACE = "isotile"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -143,9 +143,9 @@ class Operator:
             and torch.is_grad_enabled()
             and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
         ):
-            overload = self.spec.grad_overload(SimpleNamespace(**dict(zip(self.parameters, values, strict=True))))
-            if overload != "default":
-                return self.route(overload, values)[: self.n_default]
+            switch, saving = self.spec.grad_overload
+            if values[self.parameters.index(switch)] is not None:
+                return self.route(saving, values)[: self.n_default]
         if torch.compiler.is_compiling():
             return self.dispatched(overload, values)
         plain = all(t is None or type(t) in PLAIN for t in tensors)
@@ -241,14 +241,22 @@ class Operator:
         values_meta: dict[str, Any],
         grads: Sequence[torch.Tensor | None],
         needs: dict[str, bool],
+        state: State,
     ) -> dict[str, Any]:
-        """The gradient of each argument, from the spec's formula, or from the reference where it has none."""
+        """The gradient of each argument, from the spec's formula, or from the reference where it has none.
+
+        It runs under the state of the forward call: PyTorch may run it on a thread of its own, after the context.
+        """
         named = dict(zip(self.spec.results_of(overload), grads, strict=True))
-        if self.spec.backward is None:
-            found = self._reference_gradients(overload, saved, values_meta, named, needs)
-        else:
-            space = SimpleNamespace(**{**values_meta, **saved, "overload": overload})
-            found = self.spec.backward(space, named, needs)
+        token = CURRENT.set(state)
+        try:
+            if self.spec.backward is None:
+                found = self._reference_gradients(overload, saved, values_meta, named, needs)
+            else:
+                space = SimpleNamespace(**{**values_meta, **saved, "overload": overload})
+                found = self.spec.backward(space, named, needs)
+        finally:
+            CURRENT.reset(token)
         out = {}
         for name, needed in needs.items():
             grad = found.get(name) if needed else None
@@ -311,14 +319,15 @@ class Operator:
         ctx.saved_names = tuple(saved)
         ctx.save_for_backward(*saved.values())
         ctx.meta = self.meta(values)
+        ctx.state = CURRENT.get()
 
     def _backward(self, overload: str, order: Sequence[str], ctx: Any, *grads: Any) -> Any:
         saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
-        needs = {
-            n: bool(need) for n, need in zip(order, ctx.needs_input_grad, strict=True) if n in self.spec.tensors
-        }
-        found = self.gradients(overload, saved, ctx.meta, grads, _all_needs(self, needs))
-        out = tuple(found.get(n) for n in order)
+        given = order[: len(ctx.needs_input_grad)]  # PyTorch passes no trailing arguments that are at their defaults
+        needs = dict.fromkeys(self.spec.tensors, False)
+        needs.update({n: bool(need) for n, need in zip(given, ctx.needs_input_grad, strict=True) if n in needs})
+        found = self.gradients(overload, saved, ctx.meta, grads, needs, ctx.state)
+        out = tuple(found.get(n) for n in given)
         return out[0] if len(out) == 1 else out
 
     # --- autocast and vmap -----------------------------------------------------------------------------------------
@@ -326,10 +335,9 @@ class Operator:
     def _autocast_kernel(
         self, operator: Any, order: Sequence[str], full: Callable, key: str, *args: Any, **kwargs: Any
     ) -> Any:
-        values = full(args, kwargs)
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            named = dict(zip(self.parameters, self._autocast(values, AUTOCAST_KEYS[key]), strict=True))
+        # Autocast counts as off once its key is excluded, so cast first.
+        named = dict(zip(self.parameters, self._autocast(full(args, kwargs), AUTOCAST_KEYS[key]), strict=True))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
             return operator(*[named[n] for n in order])
 
     def _autocast(self, values: tuple[Any, ...], device_type: str | None = None) -> tuple[Any, ...]:
@@ -421,10 +429,6 @@ class Operator:
         return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(results)
 
 
-def _all_needs(operator: Operator, needs: dict[str, bool]) -> dict[str, bool]:
-    return {n: needs.get(n, False) for n in operator.spec.tensors}
-
-
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors may share bytes: their address ranges meet."""
     if a.device != b.device or a.numel() == 0 or b.numel() == 0:
@@ -463,6 +467,7 @@ def _eager_function(operator: Operator, overload: str) -> type:
             ctx.saved_names = tuple(saved)
             ctx.save_for_backward(*saved.values())
             ctx.meta = operator.meta(values)
+            ctx.state = CURRENT.get()
             ctx.set_materialize_grads(False)
             if fixed:
                 ctx.mark_non_differentiable(*[results[names.index(n)] for n in fixed])
@@ -474,7 +479,7 @@ def _eager_function(operator: Operator, overload: str) -> type:
                 return (None,) * len(parameters)
             saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
             needs = {n: bool(need) for n, need in zip(parameters, ctx.needs_input_grad, strict=True) if n in spec.tensors}
-            found = operator.gradients(overload, saved, ctx.meta, grads, needs)
+            found = operator.gradients(overload, saved, ctx.meta, grads, needs, ctx.state)
             return tuple(found.get(n) for n in parameters)
 
     Eager.__name__ = Eager.__qualname__ = f"{spec.name}_{overload}"
@@ -500,6 +505,7 @@ def _composable_function(operator: Operator, overload: str) -> type:
             ctx.saved_names = tuple(saved)
             ctx.save_for_backward(*saved.values())
             ctx.meta = operator.meta(inputs)
+            ctx.state = CURRENT.get()
             if fixed:
                 ctx.mark_non_differentiable(*[results[names.index(n)] for n in fixed])
 
@@ -507,7 +513,7 @@ def _composable_function(operator: Operator, overload: str) -> type:
         def backward(ctx: Any, *grads: Any) -> Any:
             saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
             needs = {n: bool(need) for n, need in zip(parameters, ctx.needs_input_grad, strict=True) if n in spec.tensors}
-            found = operator.gradients(overload, saved, ctx.meta, grads, needs)
+            found = operator.gradients(overload, saved, ctx.meta, grads, needs, ctx.state)
             return tuple(found.get(n) for n in parameters)
 
         @staticmethod

@@ -170,8 +170,9 @@ class OpSpec:
         flops: useful floating point operations of a call, from its dims (and scalars).
         laws: promises beyond agreement, by name of a law in `isotile.testing.laws`.
         saves: which arguments and results the backward needs, for each overload.
-        grad_overload: the overload to run instead of "default" where a gradient is needed (it saves more).
-        backward: `formula(saved, grads, needs) -> dict argument -> gradient`; None: not differentiable.
+        grad_overload: `(argument, overload)`: where a gradient is needed and that argument is given, run that
+            overload instead of "default", since it saves more.
+        backward: `formula(saved, grads, needs) -> dict argument -> gradient`; None: the reference is differentiated.
         autocast: "lower" casts to autocast's dtype, "float32" to float32, None leaves dtypes alone.
         vmap_scalars: scalars to change when a leading loop dimension is added.
         door: the public function where it differs from the operator (other option names, fewer results).
@@ -189,7 +190,7 @@ class OpSpec:
     laws: tuple[str, ...] = ()
     saves: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     backward: Callable[[SimpleNamespace, dict[str, Any], dict[str, bool]], dict[str, Any]] | None = None
-    grad_overload: Callable[[SimpleNamespace], str] | None = None
+    grad_overload: tuple[str, str] | None = None
     autocast: str | None = None
     vmap_scalars: Callable[[SimpleNamespace], dict[str, Any]] | None = None
     door: Callable[..., Any] | None = None

@@ -6,9 +6,11 @@ from typing import Any
 
 from .base import Backend
 from .cpu import CpuBackend
+from .nki import NkiBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (TritonBackend(), NkiBackend(), CpuBackend(), ReferenceBackend())}
 
 
 def backends() -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from ..dispatch import Request
 
@@ -25,6 +27,9 @@ class Backend(Protocol):
 
     def prepare(self, request: Request) -> Callable[..., None]:
         """What fills the results: called as `run(*tensors, *outs)` in the spec's order, None where absent."""
+
+    def dtypes(self, kernel: str) -> tuple[torch.dtype, ...]:
+        """The dtypes that this backend's kernel takes, on hardware that has them; () without a kernel."""
 
     def info(self) -> dict[str, Any]:
         """Versions, devices, instruction set: for `isotile.backends()` and `isotile info`."""

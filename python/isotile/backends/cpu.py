@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import env
+from ..spec import FLOATS
 
 if TYPE_CHECKING:
     from ..dispatch import Request
@@ -107,6 +108,10 @@ class CpuBackend:
             plan(*[None if i is None else tensors[i] for i in order])
 
         return run
+
+    def dtypes(self, kernel: str) -> tuple[torch.dtype, ...]:
+        module, _ = extension()
+        return FLOATS if module is not None and kernel in module.operators() else ()
 
     def info(self) -> dict[str, Any]:
         module, reason = extension()

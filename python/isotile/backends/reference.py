@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..spec import FLOATS
+
 if TYPE_CHECKING:
     from ..dispatch import Request
 
@@ -40,6 +42,9 @@ class ReferenceBackend:
                         out.copy_(values[name])
 
         return run
+
+    def dtypes(self, kernel: str) -> tuple[torch.dtype, ...]:
+        return FLOATS
 
     def info(self) -> dict[str, Any]:
         return {"torch": torch.__version__}

@@ -91,7 +91,7 @@ SPEC = OpSpec(
     laws=("exact_on_integers", "row_independent", "deterministic"),
     saves={"default": ("x", "weight", "bias"), "preactivation": ("x", "weight", "bias", "preactivation")},
     backward=_gradient,
-    grad_overload=product.grad_overload,
+    grad_overload=product.GRAD_OVERLOAD,
     autocast="lower",
     cases=tuple(
         Case(name, tags, {"x": (m, k), "weight": (n, k), "bias": (n,)}) for name, tags, m, k, n in product.SHAPES

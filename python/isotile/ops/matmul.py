@@ -135,9 +135,7 @@ EPILOGUE = {
 }
 
 
-def grad_overload(scalars):
-    return "default" if scalars.activation is None else "preactivation"
-
+GRAD_OVERLOAD = ("activation", "preactivation")
 
 SHAPES = (
     ("tiny", "smoke bench", 16, 64, 64),
@@ -169,7 +167,7 @@ SPEC = OpSpec(
     laws=("exact_on_integers", "deterministic"),
     saves={"default": ("a", "b", "bias"), "preactivation": ("a", "b", "bias", "preactivation")},
     backward=_gradient,
-    grad_overload=grad_overload,
+    grad_overload=GRAD_OVERLOAD,
     autocast="lower",
     cases=tuple(Case(name, tags, {"a": (m, k), "b": (k, n)}) for name, tags, m, k, n in SHAPES),
 )

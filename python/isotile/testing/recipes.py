@@ -184,7 +184,9 @@ def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
         (),
     )
     loops = [
-        tuple(t["loop"]) for n, t in recipe["tensors"].items() if spec.tensors[n].pattern.loop
+        tuple(t["loop"])
+        for n, t in recipe["tensors"].items()
+        if spec.tensors[n].pattern.loop and not spec.tensors[n].broadcast
     ]
     merged = shapes.merge_loops(loops, lambda a, b: a == b)
     assert merged is not None

@@ -1,0 +1,123 @@
+"""The command line: `isotile info | demo | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import isotile
+
+from . import registry
+from .backends import BACKENDS
+from .spec import OpSpec
+
+README_MARKS = re.compile(r"(<!-- operators: begin[^\n]*-->\n).*?(<!-- operators: end -->)", re.DOTALL)
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "isotile": isotile.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def info(args: argparse.Namespace) -> int:
+    """Versions, and every backend: available, or why not."""
+    if args.readme is not None:
+        return rewrite_readme(Path(args.readme))
+    facts = {"versions": versions(), "backends": isotile.backends()}
+    if args.json:
+        print(json.dumps(facts, indent=2, default=str))
+        return 0
+    for name, value in facts["versions"].items():
+        print(f"{name:<12} {value}")
+    print()
+    for backend in facts["backends"]:
+        state = "available on " + ", ".join(backend["devices"]) if backend["available"] else "not available"
+        print(f"{backend['name']:<12} {state}")
+        for key, value in backend.items():
+            if key in ("name", "available", "devices") or value is None:
+                continue
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            print(f"{'':<12}   {key.replace('_', ' ')}: {shown}")
+    return 0
+
+
+def operator_table() -> str:
+    """The README's table: which backend has a kernel for which operator, and the dtypes it takes."""
+    names = list(BACKENDS)
+    lines = ["| operator | gradient | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
+    for op, spec in registry.specs().items():
+        if spec.internal:
+            continue
+        cells = [BACKENDS[name].dtypes(kernel_of(spec)) for name in names]
+        shown = [", ".join(str(d).removeprefix("torch.") for d in cell) if cell else "—" for cell in cells]
+        lines.append(f"| `{op}` | {'yes' if spec.backward else 'no'} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def kernel_of(spec: OpSpec) -> str:
+    return "matmul" if spec.name == "linear" else spec.name
+
+
+def rewrite_readme(path: Path) -> int:
+    """Replace what stands between the table's marks."""
+    text = path.read_text()
+    if README_MARKS.search(text) is None:
+        print(f"isotile info: {path} has no marks <!-- operators: begin --> and <!-- operators: end -->", file=sys.stderr)
+        return 1
+    path.write_text(README_MARKS.sub(lambda m: f"{m[1]}{operator_table()}\n{m[2]}", text))
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from .demo import main as run
+
+    return run(args.rest)
+
+
+def bench(args: argparse.Namespace) -> int:
+    from .bench import main as run
+
+    return run(args.rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="isotile", description=isotile.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = commands.add_parser("info", help="versions, and every backend: available, or why not")
+    about.add_argument("--json", action="store_true", help="as JSON")
+    about.add_argument("--readme", metavar="FILE", help="rewrite the operator table between the marks in FILE")
+    about.set_defaults(run=info)
+    for name, run, text in (
+        ("demo", demo, "a real encoder and a small training run, isotile against PyTorch"),
+        ("bench", bench, "microbenchmarks of every operator against PyTorch"),
+    ):
+        command = commands.add_parser(name, help=text, add_help=False)
+        command.add_argument("rest", nargs=argparse.REMAINDER)
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
