@@ -19,11 +19,12 @@ struct Gemm {
 
 // Products that differ in m or k and in their places, but in nothing else.
 struct GemmList {
+  Gemm first;
+
   virtual int64_t count() const = 0;
   virtual int64_t m(int64_t i) const = 0;
-  virtual int64_t n() const = 0;
   virtual int64_t k(int64_t i) const = 0;
-  virtual Gemm at(int64_t i) const = 0;
+  virtual void place(int64_t i, Gemm* g) const = 0;  // sets m, k and offsets of a copy of `first`
 
  protected:
   ~GemmList() = default;

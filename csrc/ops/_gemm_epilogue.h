@@ -127,11 +127,11 @@ struct Epilogue {
   int64_t bias_stride = 1;
   Activation activation = Activation::kNone;
 
-  // Whether a tile of accumulators of type `acc` is already the result.
-  bool plain(DType acc) const {
-    return y.dtype == acc && y.col == 1 && y.rows.even() && !preactivation.present() && !residual.present() &&
-           bias == nullptr && activation == Activation::kNone;
+  bool bare() const {
+    return !preactivation.present() && !residual.present() && bias == nullptr && activation == Activation::kNone;
   }
+  // Whether a tile of accumulators of type `acc` is already the result.
+  bool plain(DType acc) const { return y.dtype == acc && y.col == 1 && y.rows.even() && bare(); }
 };
 
 template <bool kFull, class T>
@@ -147,10 +147,32 @@ inline void finish_vector(const Epilogue& e, const T* c, int64_t y0, int64_t z0,
   store_any<kFull>(v, e.y.data, e.y.dtype, y0 + j * e.y.col, e.y.col, n);
 }
 
+// Nothing to do but to round and store.
+template <class T, class E>
+inline void finish_plain(const Matrix& y, const T* c, int64_t ldc, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+  constexpr int64_t kLanes = Vec<T>::kLanes;
+  E* data = static_cast<E*>(y.data) + y.offset + col;
+  for (int64_t i = 0; i < rows; ++i) {
+    E* to = data + y.rows.at(row + i);
+    const T* from = c + i * ldc;
+    int64_t j = 0;
+    for (; j + kLanes <= cols; j += kLanes) Vec<T>::load(from + j).store(to + j);
+    if (j < cols) Vec<T>::load(from + j).store(to + j, cols - j);
+  }
+}
+
 // Rows [row, row + rows) and columns [col, col + cols) of the result from c [rows, ldc].
 template <class T>
 inline void finish(const Epilogue& e, const T* c, int64_t ldc, int64_t row, int64_t rows, int64_t col, int64_t cols) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
+  if (e.y.col == 1 && e.bare()) {
+    switch (e.y.dtype) {
+      case DType::kFloat32: return finish_plain<T, float>(e.y, c, ldc, row, rows, col, cols);
+      case DType::kBFloat16: return finish_plain<T, BFloat16>(e.y, c, ldc, row, rows, col, cols);
+      case DType::kFloat16: return finish_plain<T, Float16>(e.y, c, ldc, row, rows, col, cols);
+      default: return finish_plain<T, double>(e.y, c, ldc, row, rows, col, cols);
+    }
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y0 = e.y.offset + e.y.rows.at(row + i);
     const int64_t z0 = e.preactivation.present() ? e.preactivation.offset + e.preactivation.rows.at(row + i) : 0;

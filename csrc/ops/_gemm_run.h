@@ -139,7 +139,7 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
   constexpr int64_t kSerialWork = 1 << 17;              // multiply-adds; below it threads cost more than they bring
   constexpr int64_t kSharedBytes = int64_t{1} << 29;    // above it each task packs its own rows of a
-  const int64_t count = source.count(), n = source.n();
+  const int64_t count = source.count(), n = source.first.n;
   int64_t work = 0, packed = 0, panels = 0, most_panels = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t m = source.m(i), k = source.k(i);
@@ -169,10 +169,10 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
     const auto pack = [&](int64_t begin, int64_t end) {
       Cursor cursor;
       int64_t current = -1;
-      Gemm g;
+      Gemm g = source.first;
       for (int64_t part = begin; part < end; ++part) {
         advance<Kind>(&cursor, source, part, [&](int64_t i) { return panel_count(source.m(i)); });
-        if (cursor.problem != current) g = source.at(current = cursor.problem);
+        if (cursor.problem != current) source.place(current = cursor.problem, &g);
         const int64_t panel = part - cursor.first, row = panel_row(g.m, panel);
         for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
           const int64_t kc = least(g.k - k0, Kind::kChunk);
@@ -189,12 +189,12 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   const auto work_off = [&](int64_t, int64_t) {
     Cursor cursor;
     int64_t current = -1;
-    Gemm g;
+    Gemm g = source.first;
     for (;;) {
       const int64_t part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (part >= total) return;
       advance<Kind>(&cursor, source, part, [&](int64_t i) { return row_blocks(i) * column_blocks; });
-      if (cursor.problem != current) g = source.at(current = cursor.problem);
+      if (cursor.problem != current) source.place(current = cursor.problem, &g);
       const int64_t local = part - cursor.first, rows = row_blocks(cursor.problem);
       const int64_t p = panel_count(g.m), block_row = local % rows, column = local / rows;
       if (share && packers.few_rows(g, column * block.columns, least(n, (column + 1) * block.columns),

@@ -11,22 +11,18 @@ namespace ISOTILE_ISA {
 namespace {
 
 struct Grouped final : GemmList {
-  Gemm first;
   int64_t groups, group_stride;
   const int64_t* starts;
 
   int64_t count() const override { return groups + 1; }
   int64_t m(int64_t i) const override { return starts[i + 1] - starts[i]; }
-  int64_t n() const override { return first.n; }
   int64_t k(int64_t i) const override { return i < groups ? first.k : 0; }
-  Gemm at(int64_t i) const override {
-    Gemm g = first;
-    g.m = m(i);
-    g.k = k(i);
-    g.a.offset = g.a.rows.at(starts[i]);
-    g.out.y.offset = g.out.y.rows.at(starts[i]);
-    if (i < groups) g.b_offset = i * group_stride;
-    return g;
+  void place(int64_t i, Gemm* g) const override {
+    g->m = m(i);
+    g->k = k(i);
+    g->a.offset = g->a.rows.at(starts[i]);
+    g->out.y.offset = g->out.y.rows.at(starts[i]);
+    if (i < groups) g->b_offset = i * group_stride;
   }
 };
 

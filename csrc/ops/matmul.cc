@@ -11,22 +11,18 @@ namespace ISOTILE_ISA {
 namespace {
 
 struct Batched final : GemmList {
-  Gemm first;
   int64_t batch = 1;
   IndexMap a, b, y, preactivation, residual;  // offsets of problem i
 
   int64_t count() const override { return batch; }
   int64_t m(int64_t) const override { return first.m; }
-  int64_t n() const override { return first.n; }
   int64_t k(int64_t) const override { return first.k; }
-  Gemm at(int64_t i) const override {
-    Gemm g = first;
-    g.a.offset = a.at(i);
-    g.b_offset = b.at(i);
-    g.out.y.offset = y.at(i);
-    g.out.preactivation.offset = preactivation.at(i);
-    g.out.residual.offset = residual.at(i);
-    return g;
+  void place(int64_t i, Gemm* g) const override {
+    g->a.offset = a.at(i);
+    g->b_offset = b.at(i);
+    g->out.y.offset = y.at(i);
+    g->out.preactivation.offset = preactivation.at(i);
+    g->out.residual.offset = residual.at(i);
   }
 };
 
