@@ -1,18 +1,31 @@
 // layer_norm and rms_norm forward. One row at a time; the row is read again from the caches rather than kept in
-// float. Mean and variance: corrected two-pass (Chan, Golub, LeVeque, "Algorithms for computing the sample variance",
-// 1983): the second pass is about a rounded mean m, and its sum of deviations gives what m lacks.
+// float. Mean and variance: sums of deviations and of their squares from a value near the mean (Chan, Golub, LeVeque,
+// "Algorithms for computing the sample variance", 1983). The first guess is the mean of the row's first vector; if it
+// turns out more than a standard deviation off, a second pass is made about the mean that the first one gave.
 #pragma once
 #include "ops/_rows.h"
 
 namespace isotile {
 namespace ISOTILE_ISA {
 
-// x is normalised as (x - mean - mean_rest) * scale; both means are 0 for rms_norm.
+// x is normalised as (x - center) * scale + shift; center and shift are 0 for rms_norm.
 template <class A>
 struct RowStatistics {
-  A mean;
-  A mean_rest;
+  A center;
   A scale;
+  A shift;
+};
+
+// The same in registers: a scalar in memory might be what a store changes, and would be read again for each vector.
+template <bool kCentered, class A>
+struct Normaliser {
+  using V = Vec<A>;
+  V center, scale, shift;
+
+  Normaliser() = default;
+  ISOTILE_INLINE explicit Normaliser(const RowStatistics<A>& row)
+      : center(V::set1(row.center)), scale(V::set1(row.scale)), shift(V::set1(row.shift)) {}
+  ISOTILE_INLINE V operator()(V x) const { return kCentered ? fma(x - center, scale, shift) : x * scale; }
 };
 
 template <bool kCentered, class T>
@@ -26,22 +39,28 @@ ISOTILE_INLINE RowStatistics<Accumulator<T>> row_statistics(const T* x, int64_t 
       const V v = at.load(x);
       sums[0] = fma(v, v, sums[0]);
     });
-    return {A(0), A(0), static_cast<A>(1.0 / __builtin_sqrt(squares[0] / count + eps))};
+    return {A(0), static_cast<A>(1.0 / __builtin_sqrt(squares[0] / count + eps)), A(0)};
   } else {
-    double total[1];
-    row_reduce<A, 1>(n, total, [x](auto at, V* sums) { sums[0] += at.load(x); });
-    const A mean = static_cast<A>(total[0] / count);
-    const V m = V::set1(mean);
-    double moments[2];
-    row_reduce<A, 2>(n, moments, [x, m](auto at, V* sums) {
-      const V d = at.load(x) - m;
-      sums[0] += d;
-      sums[1] = fma(d, d, sums[1]);
-    });
-    const double rest = moments[0] / count;
-    double variance = moments[1] / count - rest * rest;
+    const int64_t head = n < V::kLanes ? n : V::kLanes;
+    A center = reduce_add(V::load(x, head)) / static_cast<A>(head);
+    double rest, variance;
+    for (int pass = 0; pass < 2; ++pass) {
+      const V m = V::set1(center);
+      double moments[2];
+      row_reduce<A, 2>(n, moments, [x, m](auto at, V* sums) {
+        const V d = at.load(x) - m;
+        sums[0] += d;
+        sums[1] = fma(d, d, sums[1]);
+      });
+      rest = moments[0] / count;
+      variance = moments[1] / count - rest * rest;
+      // Little cancellation; or the guess was the mean already, and rest is its rounding.
+      if (rest * rest <= variance || pass == 1) break;
+      center = static_cast<A>(center + rest);
+    }
     if (variance < 0) variance = 0;
-    return {mean, static_cast<A>(rest), static_cast<A>(1.0 / __builtin_sqrt(variance + eps))};
+    const double scale = 1.0 / __builtin_sqrt(variance + eps);
+    return {center, static_cast<A>(scale), static_cast<A>(-rest * scale)};
   }
 }
 
@@ -54,13 +73,14 @@ struct NormForward {
   const TensorView& sum;
 };
 
-template <bool kAffine, bool kStream, class T>
-ISOTILE_INLINE void write_normalised(const T* x, T* y, const Accumulator<T>* weight, const Accumulator<T>* bias,
+template <bool kCentered, bool kAffine, bool kStream, class T>
+ISOTILE_INLINE void write_normalised(const T* x, const T* next_x, T* y, const Accumulator<T>* weight, const Accumulator<T>* bias,
                                      int64_t n, const RowStatistics<Accumulator<T>>& row) {
   using V = Vec<Accumulator<T>>;
-  const V mean = V::set1(row.mean), rest = V::set1(row.mean_rest), scale = V::set1(row.scale);
-  for_lanes<Accumulator<T>>(n, [&](auto at) {
-    V v = (at.load(x) - mean - rest) * scale;
+  const Normaliser<kCentered, Accumulator<T>> normalise(row);
+  for_lanes<Accumulator<T>>(n, [&, normalise](auto at) {
+    prefetch(next_x + at.i);
+    V v = normalise(at.load(x));
     if constexpr (kAffine) v = fma(v, at.load(weight), at.load(bias));
     if constexpr (kStream) {
       at.stream(v, y);
@@ -82,19 +102,21 @@ void norm_plain_rows(const NormForward& a, const Accumulator<T>* weight, const A
   const int64_t n = row_length(a.y);
   RowWalker<4> walk({&a.x, &a.residual, &a.y, &a.sum}, begin);
   Scratch<T> unwanted_sum(a.residual.present() && !a.sum.present() ? n : 0);
-  for (int64_t row = begin; row < end; ++row, walk.next()) {
-    const T* x = data_of<T>(a.x) + walk.offset[0];
-    T* y = data_of<T>(a.y) + walk.offset[2];
+  for (int64_t row = begin; row < end; ++row) {
+    const auto offset = walk.step();
+    const T* x = data_of<T>(a.x) + offset.at[0];
+    const T* next_x = data_of<T>(a.x) + (row + 1 < end ? walk.offset[0] : offset.at[0]);
+    T* y = data_of<T>(a.y) + offset.at[2];
     if (a.residual.present()) {
-      T* sum = a.sum.present() ? data_of<T>(a.sum) + walk.offset[3] : unwanted_sum.data();
-      add_rows(x, data_of<T>(a.residual) + walk.offset[1], sum, n);
+      T* sum = a.sum.present() ? data_of<T>(a.sum) + offset.at[3] : unwanted_sum.data();
+      add_rows(x, data_of<T>(a.residual) + offset.at[1], sum, n);
       x = sum;
     }
     const auto statistics = row_statistics<kCentered>(x, n, eps);
     if (stream && aligned_for_stream(y)) {
-      write_normalised<kAffine, true>(x, y, weight, bias, n, statistics);
+      write_normalised<kCentered, kAffine, true>(x, next_x, y, weight, bias, n, statistics);
     } else {
-      write_normalised<kAffine, false>(x, y, weight, bias, n, statistics);
+      write_normalised<kCentered, kAffine, false>(x, next_x, y, weight, bias, n, statistics);
     }
   }
   if (stream) stream_fence();
@@ -120,7 +142,8 @@ void norm_any_rows(const NormForward& a, const A* weight, const A* bias, double 
       });
       if (a.sum.present()) store_row(a.sum, walk.offset[3], n, x.data());
     }
-    write_normalised<true, false>(x.data(), y.data(), weight, bias, n, row_statistics<kCentered>(x.data(), n, eps));
+    write_normalised<kCentered, true, false>(x.data(), x.data(), y.data(), weight, bias, n,
+                                             row_statistics<kCentered>(x.data(), n, eps));
     store_row(a.y, walk.offset[2], n, y.data());
   }
 }

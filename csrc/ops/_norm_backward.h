@@ -19,66 +19,123 @@ struct NormBackward {
   const TensorView& grad_bias;
 };
 
-// Pointers of one row; grad_sum, grad_x and the two accumulators may be null.
-template <class T>
-struct NormBackwardRow {
-  const T* grad;
-  const T* grad_sum;
-  const T* x;
-  T* grad_x;
+// kRows rows at once, so that the weight and the sums over rows pass through the registers less often. grad_sum and
+// grad_x may be null, for all rows alike; next_* are prefetched.
+template <int kRows, class T>
+struct BackwardRows {
+  const T* grad[kRows];
+  const T* grad_sum[kRows];
+  const T* x[kRows];
+  T* grad_x[kRows];
+  const T* next_grad[kRows];
+  const T* next_x[kRows];
 };
 
-template <bool kCentered, bool kParameters, class T>
-ISOTILE_INLINE void norm_backward_row(const NormBackwardRow<T>& row, const Accumulator<T>* weight,
-                                      Accumulator<T>* grad_weight, Accumulator<T>* grad_bias, int64_t n, double eps,
-                                      bool stream) {
+// What each row gives does not depend on kRows.
+template <bool kCentered, bool kParameters, int kRows, class T>
+ISOTILE_INLINE void norm_backward_rows(const BackwardRows<kRows, T>& rows, const Accumulator<T>* weight,
+                                       Accumulator<T>* grad_weight, Accumulator<T>* grad_bias, int64_t n, double eps,
+                                       bool stream) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const auto statistics = row_statistics<kCentered>(row.x, n, eps);
-  const V mean = V::set1(statistics.mean), rest = V::set1(statistics.mean_rest), scale = V::set1(statistics.scale);
-  double sums[2];
-  row_reduce<A, 2, 2>(n, sums, [&](auto at, V* s) {
-    const V g = at.load(row.grad);
-    const V h = (at.load(row.x) - mean - rest) * scale;
-    const V wg = g * at.load(weight);
-    if constexpr (kCentered) s[0] += wg;
-    s[1] = fma(wg, h, s[1]);
+  Normaliser<kCentered, A> normalise[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    normalise[r] = Normaliser<kCentered, A>(row_statistics<kCentered>(rows.x[r], n, eps));
+  }
+  const T* grads[kRows];  // copies: the stores below might change what `rows` refers to, for all the compiler knows
+  const T* xs[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    grads[r] = rows.grad[r];
+    xs[r] = rows.x[r];
+  }
+  double sums[2 * kRows];
+  row_reduce<A, 2 * kRows, 1>(n, sums, [&](auto at, V* s) {
+    const V w = at.load(weight);
+    V to_weight, to_bias;
     if constexpr (kParameters) {
-      at.store(fma(g, h, at.load(grad_weight)), grad_weight);
-      if constexpr (kCentered) at.store(at.load(grad_bias) + g, grad_bias);
+      to_weight = at.load(grad_weight);
+      if constexpr (kCentered) to_bias = at.load(grad_bias);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const V g = at.load(grads[r]);
+      const V h = normalise[r](at.load(xs[r]));
+      const V wg = g * w;
+      if constexpr (kCentered) s[2 * r] += wg;
+      s[2 * r + 1] = fma(wg, h, s[2 * r + 1]);
+      if constexpr (kParameters) {
+        to_weight = fma(g, h, to_weight);
+        if constexpr (kCentered) to_bias += g;
+      }
+    }
+    if constexpr (kParameters) {
+      at.store(to_weight, grad_weight);
+      if constexpr (kCentered) at.store(to_bias, grad_bias);
     }
   });
-  if (!row.grad_x) return;
+  if (!rows.grad_x[0]) return;
   const double count = static_cast<double>(n);
-  const V mean_wg = V::set1(static_cast<A>(sums[0] / count));
-  const V mean_wgh = V::set1(static_cast<A>(sums[1] / count));
-  const auto gradient = [&](auto at) {
-    const V h = (at.load(row.x) - mean - rest) * scale;
-    V d = at.load(row.grad) * at.load(weight);
-    if constexpr (kCentered) d -= mean_wg;
-    return fnma(h, mean_wgh, d) * scale;
-  };
-  if (row.grad_sum) {
-    for_lanes<A>(n, [&](auto at) { at.store(gradient(at) + at.load(row.grad_sum), row.grad_x); });
-  } else if (stream && aligned_for_stream(row.grad_x)) {
-    for_lanes<A>(n, [&](auto at) { at.stream(gradient(at), row.grad_x); });
-  } else {
-    for_lanes<A>(n, [&](auto at) { at.store(gradient(at), row.grad_x); });
+  for (int r = 0; r < kRows; ++r) {
+    const Normaliser<kCentered, A> normalise_row = normalise[r];
+    const V mean_wg = V::set1(static_cast<A>(sums[2 * r] / count));
+    const V mean_wgh = V::set1(static_cast<A>(sums[2 * r + 1] / count));
+    const T* grad = rows.grad[r];
+    const T* x = rows.x[r];
+    const T* next_grad = rows.next_grad[r];
+    const T* next_x = rows.next_x[r];
+    const auto gradient = [=](auto at) {
+      prefetch(next_grad + at.i);
+      prefetch(next_x + at.i);
+      V d = at.load(grad) * at.load(weight);
+      if constexpr (kCentered) d -= mean_wg;
+      return fnma(normalise_row(at.load(x)), mean_wgh, d) * normalise_row.scale;
+    };
+    T* to = rows.grad_x[r];
+    if (const T* grad_sum = rows.grad_sum[r]) {
+      for_lanes<A>(n, [&](auto at) { at.store(gradient(at) + at.load(grad_sum), to); });
+    } else if (stream && aligned_for_stream(to)) {
+      for_lanes<A>(n, [&](auto at) { at.stream(gradient(at), to); });
+    } else {
+      for_lanes<A>(n, [&](auto at) { at.store(gradient(at), to); });
+    }
   }
 }
 
 template <bool kCentered, bool kParameters, class T>
 void norm_backward_plain_rows(const NormBackward& a, const Accumulator<T>* weight, Accumulator<T>* grad_weight,
                               Accumulator<T>* grad_bias, double eps, bool stream, int64_t begin, int64_t end) {
-  RowWalker<4> walk({&a.grad, &a.grad_sum, &a.x, &a.grad_x}, begin);
-  for (int64_t row = begin; row < end; ++row, walk.next()) {
-    const NormBackwardRow<T> pointers = {
-        data_of<T>(a.grad) + walk.offset[0],
-        a.grad_sum.present() ? data_of<T>(a.grad_sum) + walk.offset[1] : nullptr,
-        data_of<T>(a.x) + walk.offset[2],
-        a.grad_x.present() ? data_of<T>(a.grad_x) + walk.offset[3] : nullptr,
-    };
-    norm_backward_row<kCentered, kParameters>(pointers, weight, grad_weight, grad_bias, row_length(a.x), eps, stream);
+  constexpr int kRows = 2;
+  const int64_t n = row_length(a.x);
+  using Walker = RowWalker<4>;
+  Walker walk({&a.grad, &a.grad_sum, &a.x, &a.grad_x}, begin);
+  const auto point = [&](auto& rows, int r, const typename Walker::Offsets& offset) {
+    rows.grad[r] = data_of<T>(a.grad) + offset.at[0];
+    rows.grad_sum[r] = a.grad_sum.present() ? data_of<T>(a.grad_sum) + offset.at[1] : nullptr;
+    rows.x[r] = data_of<T>(a.x) + offset.at[2];
+    rows.grad_x[r] = a.grad_x.present() ? data_of<T>(a.grad_x) + offset.at[3] : nullptr;
+  };
+  int64_t row = begin;
+  BackwardRows<kRows, T> group;
+  if (row + kRows <= end) {
+    for (int r = 0; r < kRows; ++r) point(group, r, walk.step());
+  }
+  while (row + kRows <= end) {
+    BackwardRows<kRows, T> following = group;
+    const bool more = row + 2 * kRows <= end;
+    for (int r = 0; r < kRows; ++r) {
+      if (more) point(following, r, walk.step());
+      group.next_grad[r] = following.grad[r];
+      group.next_x[r] = following.x[r];
+    }
+    norm_backward_rows<kCentered, kParameters>(group, weight, grad_weight, grad_bias, n, eps, stream);
+    group = following;
+    row += kRows;
+  }
+  for (; row < end; ++row) {
+    BackwardRows<1, T> one;
+    point(one, 0, walk.step());
+    one.next_grad[0] = one.grad[0];
+    one.next_x[0] = one.x[0];
+    norm_backward_rows<kCentered, kParameters>(one, weight, grad_weight, grad_bias, n, eps, stream);
   }
   if (stream) stream_fence();
 }
@@ -90,12 +147,12 @@ void norm_backward_any_rows(const NormBackward& a, const A* weight, A* grad_weig
   const int64_t n = row_length(a.x);
   RowWalker<4> walk({&a.grad, &a.grad_sum, &a.x, &a.grad_x}, begin);
   Scratch<A> grad(n), grad_sum(a.grad_sum.present() ? n : 0), x(n), grad_x(n);
+  const BackwardRows<1, A> one = {{grad.data()}, {grad_sum.data()}, {x.data()}, {grad_x.data()}, {grad.data()}, {x.data()}};
   for (int64_t row = begin; row < end; ++row, walk.next()) {
     load_row(a.grad, walk.offset[0], n, grad.data());
     if (a.grad_sum.present()) load_row(a.grad_sum, walk.offset[1], n, grad_sum.data());
     load_row(a.x, walk.offset[2], n, x.data());
-    const NormBackwardRow<A> pointers = {grad.data(), grad_sum.data(), x.data(), grad_x.data()};
-    norm_backward_row<kCentered, true>(pointers, weight, grad_weight, grad_bias, n, eps, false);
+    norm_backward_rows<kCentered, true>(one, weight, grad_weight, grad_bias, n, eps, false);
     if (a.grad_x.present()) store_row(a.grad_x, walk.offset[3], n, grad_x.data());
   }
 }

@@ -51,6 +51,16 @@ struct RowWalker {
     }
     size = shape->size;
   }
+  // To the next row; the offsets of the row left behind.
+  struct Offsets {
+    int64_t at[K];
+  };
+  ISOTILE_INLINE Offsets step() {
+    Offsets left;
+    for (int k = 0; k < K; ++k) left.at[k] = offset[k];
+    next();
+    return left;
+  }
   ISOTILE_INLINE void next() {
     for (int d = dims - 1; d >= 0; --d) {
       if (++index[d] < size[d]) {
@@ -228,6 +238,12 @@ ISOTILE_INLINE void row_reduce(int64_t n, double (&out)[kSums], const F& f) {
       out[k] += static_cast<double>(reduce_add(sums[0][k]));
     }
   }
+}
+
+// Asks for the line of a row that comes next, while this one is worked on: the hardware's own prefetch stops at pages.
+template <class T>
+ISOTILE_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
 }
 
 // Outputs that will not stay in the caches anyway are written past them: no read for ownership.

@@ -34,13 +34,19 @@ ISOTILE_INLINE Mask<double> operator!(Mask<double> a) { return {static_cast<__mm
 ISOTILE_INLINE __mmask16 first16(int64_t n) { return Mask<float>::first(n).m; }
 ISOTILE_INLINE __mmask8 first8(int64_t n) { return Mask<double>::first(n).m; }
 
-// Integer rounding, since vcvtneps2bf16 flushes subnormals.
-ISOTILE_INLINE __m256i bf16_from_float(__m512 v) {
+ISOTILE_INLINE __m256i bf16_by_integers(__m512 v) {
   const __m512i b = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
   r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), b, _mm512_set1_epi32(0x00400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+ISOTILE_INLINE __m256i bf16_from_float(__m512 v) {
+#if ISOTILE_HAS_BF16_DOT
+  constexpr int kSubnormal = 0x20;  // the instruction would flush them
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v, kSubnormal) == 0, 1)) return (__m256i)_mm512_cvtneps_pbh(v);
+#endif
+  return bf16_by_integers(v);
 }
 ISOTILE_INLINE __m512 float_from_bf16(__m256i v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
