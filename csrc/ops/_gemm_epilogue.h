@@ -149,7 +149,8 @@ inline void finish_vector(const Epilogue& e, const T* c, int64_t y0, int64_t z0,
 
 // Nothing to do but to round and store.
 template <class T, class E>
-inline void finish_plain(const Matrix& y, const T* c, int64_t ldc, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+inline void finish_plain(const Matrix& y, const T* c, int64_t ldc, int64_t row, int64_t rows, int64_t col,
+                         int64_t cols) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
   E* data = static_cast<E*>(y.data) + y.offset + col;
   for (int64_t i = 0; i < rows; ++i) {

@@ -1,5 +1,5 @@
-// Products of few rows, where reading b is the work: b goes from memory into the products, or at most through a block in L1.
-// The order of accumulation is that of _gemm_run.h.
+// Products of few rows, where reading b is the work: b goes from memory into the products, or at most through a block
+// in L1. The order of accumulation is that of _gemm_run.h.
 #pragma once
 #include "base/scratch.h"
 #include "ops/_gemm.h"
@@ -82,7 +82,7 @@ inline void sum_blocks_of_b(ColumnPanel<Kind> panel, const FewRows<Kind>& few, t
     panel.template pack<Src>(packed, 0, ColumnPanel<Kind>::kParts);
     const int64_t steps = Kind::steps(panel.kc), s = Kind::steps(k0);
     Prefetch prefetch = panel.prefetch(0, ColumnPanel<Kind>::kParts, steps / 4);
-    prefetch.row += kAhead * kBlock * panel.sk * panel.item;
+    if (prefetch.rows_left > 0) prefetch.row += kAhead * kBlock * panel.sk * panel.item;
     for (int64_t p = 0; p < few.panels; ++p) {
       const int64_t rows = few.row[p + 1] - few.row[p];
       tile_function<Kind>(rows, width)(steps, few.a[p] + s * rows, packed, sums + few.row[p] * width, width,

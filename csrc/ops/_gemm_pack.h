@@ -38,7 +38,8 @@ template <class Kind>
 ISOTILE_INLINE __m256 load_quads(const Float16* p, const Float16* q) { return _mm256_cvtph_ps(load_half_quads(p, q)); }
 template <class Kind>
 ISOTILE_INLINE __m256 load_quads(const BFloat16* p, const BFloat16* q) {
-  if (Kind::kPerStep == 2) return load_quads<Kind>(reinterpret_cast<const float*>(p), reinterpret_cast<const float*>(q));
+  if (Kind::kPerStep == 2)
+    return load_quads<Kind>(reinterpret_cast<const float*>(p), reinterpret_cast<const float*>(q));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half_quads(p, q)), 16));
 }
 
@@ -112,7 +113,8 @@ ISOTILE_INLINE Block16 transpose_block(const Src* p, int64_t stride, int64_t las
 }
 #endif
 
-// Columns [j0, j1) of `cols`, j0 a multiple of 16 -> dst [step][width], whole lanes. Returns how many of the steps are done.
+// Columns [j0, j1) of `cols`, j0 a multiple of 16 -> dst [step][width], whole lanes. Returns how many of the steps are
+// done.
 template <class Kind, class Src, class Packed>
 inline int64_t pack_transposed(Packed* dst, const Src* src, int64_t stride, int64_t steps, int64_t cols, int64_t width,
                                int64_t j0, int64_t j1) {

@@ -29,7 +29,8 @@ struct Blocking {
   int64_t panels;   // row panels of a task, at most
 };
 
-// One thread's way through the list of all problems' parts, in order and only forward. `parts` counts them for one problem.
+// One thread's way through the list of all problems' parts, in order and only forward. `parts` counts them for one
+// problem.
 struct Cursor {
   int64_t problem = 0;
   int64_t first = 0;     // the problem's first part in the list
@@ -138,6 +139,7 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   using Packed = typename Kind::Packed;
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
   constexpr int64_t kSerialWork = 1 << 17;              // multiply-adds; below it threads cost more than they bring
+  constexpr int64_t kSerialPacking = 1 << 16;           // packed steps of a; likewise
   constexpr int64_t kSharedBytes = int64_t{1} << 29;    // above it each task packs its own rows of a
   const int64_t count = source.count(), n = source.first.n;
   int64_t work = 0, packed = 0, panels = 0, most_panels = 0;
@@ -163,7 +165,8 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += row_blocks(i) * column_blocks;
 
-  const bool share = (column_blocks > 1 || most_panels <= ceil_div(kFewRows, kTileRows)) && packed * static_cast<int64_t>(sizeof(Packed)) <= kSharedBytes;
+  const bool few = most_panels <= ceil_div(kFewRows, kTileRows);
+  const bool share = (column_blocks > 1 || few) && packed * static_cast<int64_t>(sizeof(Packed)) <= kSharedBytes;
   Scratch<Packed> shared(share ? packed : 0);
   if (share) {
     const auto pack = [&](int64_t begin, int64_t end) {
@@ -181,7 +184,7 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
         }
       }
     };
-    if (threads == 1 || packed < (1 << 15)) pack(0, panels);
+    if (threads == 1 || packed <= kSerialPacking) pack(0, panels);
     else parallel_for(0, panels, ceil_div(panels, threads), pack);
   }
 

@@ -1,7 +1,8 @@
 // The register tile of matrix products: acc [kRows][kVecs vectors] += a [step][kRows] x b [step][kVecs vectors].
 //
 // A step is one k, or a pair of them with vdpbf16ps. With 32 registers the tile is 6 x 4 vectors: 24 accumulators, 4
-// vectors of b, one broadcast of a; each load of b serves 6 products and each broadcast 4, so the products set the pace.
+// vectors of b, one broadcast of a; each load of b serves 6 products and each broadcast 4, so the products set the
+// pace.
 #pragma once
 #include "base/dtype.h"
 #include "base/tensor_view.h"

@@ -97,8 +97,23 @@ def check_matmul(isa, a, b, out_dtype=None, bias=None, residual=None, activation
     return y
 
 
-SIZES = [(1, 1, 1), (1, 70, 33), (2, 16, 64), (3, 17, 65), (4, 64, 200), (5, 128, 130), (6, 96, 64), (7, 63, 1), (16, 300, 257),
-         (17, 1025, 70), (64, 64, 64), (67, 129, 131), (33, 1600, 40), (1, 1100, 300), (9, 2049, 19)]
+SIZES = [
+    (1, 1, 1),
+    (1, 70, 33),
+    (2, 16, 64),
+    (3, 17, 65),
+    (4, 64, 200),
+    (5, 128, 130),
+    (6, 96, 64),
+    (7, 63, 1),
+    (16, 300, 257),
+    (17, 1025, 70),
+    (64, 64, 64),
+    (67, 129, 131),
+    (33, 1600, 40),
+    (1, 1100, 300),
+    (9, 2049, 19),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,10 +130,11 @@ def test_layouts(isa, dtype):
 @pytest.mark.parametrize("isa", ISAS)
 def test_epilogue(isa, dtype):
     g = torch.Generator().manual_seed(2)
+    out_dtype = dtype if dtype == torch.float64 else torch.float32
     for (m, k, n), activation in itertools.product([(1, 40, 70), (5, 600, 33), (13, 1030, 150)], range(7)):
         for extra in (torch.float32, dtype):
             check_matmul(
-                isa, draw((m, k), dtype, "rows", g, k**-0.5), draw((k, n), dtype, "columns", g), torch.float32 if dtype != torch.float64 else dtype,
+                isa, draw((m, k), dtype, "rows", g, k**-0.5), draw((k, n), dtype, "columns", g), out_dtype,
                 bias=draw((n,), extra, "rows", g), residual=draw((m, n), extra, "gaps", g), activation=activation,
                 preactivation=True, layout="gaps" if extra == dtype else "rows",
             )  # fmt: skip
@@ -183,7 +199,9 @@ def test_nan_and_infinity_stay_in_their_row_and_column(isa, dtype):
 def test_grouped(isa, dtype):
     g = torch.Generator().manual_seed(6)
     for (total, k, n), ends, layout in itertools.product(
-        [(40, 30, 50), (37, 65, 130)], [[10, 10, 25, 37], [0, 0, 0, 0], [1, 2, 3, 4], [37, 37, 37, 37]], ("rows", "columns", "gaps")
+        [(40, 30, 50), (37, 65, 130)],
+        [[10, 10, 25, 37], [0, 0, 0, 0], [1, 2, 3, 4], [37, 37, 37, 37]],
+        ("rows", "columns", "gaps"),
     ):
         offsets = torch.tensor(ends, dtype=torch.int32)
         a, b = draw((total, k), dtype, layout, g), draw((4, k, n), dtype, layout, g)
