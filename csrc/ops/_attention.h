@@ -144,6 +144,20 @@ ISOTILE_INLINE int64_t row_lanes(int64_t n) {
   return max64(round_up(n, lanes<T>()), lanes<T>());
 }
 
+// A weight as the next product takes it. Weights are recomputed for every product, and what the instruction below takes for
+// 0 (subnormal) is 0 to that product anyway.
+template <class A>
+ISOTILE_INLINE void store_weights(Vec<A> x, A* to) {
+  x.store(to);
+}
+ISOTILE_INLINE void store_weights(Vec<float> x, BFloat16* to) {
+#if ISOTILE_HAS_BF16_DOT
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v));
+#else
+  x.store(to);
+#endif
+}
+
 // Six rows against transposed panels: c[6][c0, c1) = a . panels, c0 and c1 multiples of the lanes.
 template <class T>
 ISOTILE_INLINE void tile_panels(const typename Packed<T>::Word* a, int64_t a_row, const typename Packed<T>::Word* panels,

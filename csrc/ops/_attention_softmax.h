@@ -38,9 +38,9 @@ A softmax_step(const Problem& p, const Row& row, int64_t b, int64_t k0, int64_t 
     V w = exp2(fma(V::load(score + i), vfactor, vbase));
     total = total + w;
     if (drop) w = w * V::load(keep + i);
-    w.store(weights + i);
+    store_weights(w, weights + i);
   }
-  const A correction = exp2_scalar(old - base);
+  const A correction = old == base ? A{1} : exp2_scalar(old - base);
   *maximum = now;
   *sum = *sum * correction + reduce_add(total);
   return correction;

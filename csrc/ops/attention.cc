@@ -20,8 +20,8 @@ constexpr int64_t kMaxRows = 192;
 template <class T>
 int64_t forward_block_keys(int64_t d, int64_t dv) {
   const int64_t bytes_per_key = (d + dv) * static_cast<int64_t>(sizeof(typename Packed<T>::Elem));
-  int64_t keys = 192;
-  while (keys > 48 && keys * bytes_per_key > (400 << 10)) keys /= 2;
+  int64_t keys = 384;
+  while (keys > 48 && keys * bytes_per_key > (200 << 10)) keys /= 2;
   return keys;
 }
 

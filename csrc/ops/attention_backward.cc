@@ -315,8 +315,8 @@ struct BackwardTask {
             x = reinterpret_cast<BFloat16*>(strip) + r * block + i;
             y = x + block;
           }
-          a.store(x);
-          b.store(y);
+          store_weights(a, x);
+          store_weights(b, y);
           for (int l = 0; l < V::kLanes; ++l) to[i + l] = x[l].bits | static_cast<uint32_t>(y[l].bits) << 16;
         }
         for (int64_t i = c1; i < filled; ++i) to[i] = 0;
