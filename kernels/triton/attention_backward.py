@@ -48,7 +48,7 @@ def attention_delta_kernel(grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, sinks_p
         delta -= tl.load(grad_lse_ptr + loop_offset(batch, sizes, grad_lse_strides) + head.to(tl.int64) *
                          grad_lse_strides[3] + row_at * grad_lse_strides[4], mask=inside, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3] + row_at *
-                  lse_strides[4], mask=inside, other=-float("inf"))
+                  lse_strides[4], mask=inside, other=-float("inf")).to(tl.float32)
     # a row that sees nothing has no gradient, whatever arrives for its result
     delta = tl.where(lse == -float("inf"), 0.0, delta)
     tl.store(delta_ptr + (batch * heads + head).to(tl.int64) * sq + row, delta, mask=inside)
@@ -84,7 +84,7 @@ def _gather_key_value(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, q_strides, grad
             grad = tl.load(g_at, mask=inside[:, None] & (dims_v < dv)[None, :], other=0.0)
         else:
             grad = tl.load(g_at)
-        lse = tl.load(lse_at + query_at * lse_stride, mask=inside, other=0.0) * LOG2E
+        lse = tl.load(lse_at + query_at * lse_stride, mask=inside, other=0.0).to(tl.float32) * LOG2E
         lse = tl.where(lse == -float("inf"), 0.0, lse)
         delta = tl.load(delta_at + query, mask=inside, other=0.0)
         raw = tl.dot(k, q.T, input_precision=PRECISION)
@@ -300,7 +300,7 @@ def attention_grad_query_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slo
                                           grad_out_strides[5]),
                    mask=inside[:, None] & (dims_v < dv)[None, :], other=0.0)
     lse = tl.load(lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3] + query_at *
-                  lse_strides[4], mask=inside, other=0.0) * LOG2E
+                  lse_strides[4], mask=inside, other=0.0).to(tl.float32) * LOG2E
     lse = tl.where(lse == -float("inf"), 0.0, lse)
     delta = tl.load(delta_ptr + head_index.to(tl.int64) * sq + query, mask=inside, other=0.0)
     slope = 0.0
