@@ -1,8 +1,8 @@
 """Row normalisation, forward and backward, shared by layer_norm (centred) and rms_norm.
 
 Rows go on partitions, 128 at a time, and stay in SBUF between the passes over them. Everything is float32 on chip, rounded once on the way out. Forward, for each element: one load, one store.
-Work is split so that no engine outweighs the DMA: layer_norm's statistics run on Vector (bn_stats) and, for three
-pieces in eight, on Scalar as (count, mean, sum of squared deviations) triples that bn_aggr merges.
+Work is split so that no engine outweighs the DMA: layer_norm's statistics run on Vector (bn_stats) and, for seven columns
+in sixteen, on Scalar as one (count, mean, sum of squared deviations) triple; bn_aggr merges them.
 """
 
 import nki
@@ -60,9 +60,9 @@ def _inverse_deviation(variance, eps):
     return rstd
 
 
-def _pieces(width):
+def _pieces(first, width):
     pieces = []
-    for start in range(0, width, 512):
+    for start in range(first, width, 512):
         pieces.append((start, min(width, start + 512)))
     return pieces
 
@@ -71,14 +71,15 @@ def _statistics(chunks, n, centred, eps):
     """(mean, rstd) of a row tile from its chunks, [P, 1] each; the mean is 0 columns wide and unused if not centred."""
     p = chunks[0].shape[0]
     if centred:
-        stats = nl.ndarray((p, 6 * ((n + 511) // 512 + len(chunks))), nl.float32, buffer=nl.sbuf)
+        stats = nl.ndarray((p, 6 * ((n + 511) // 512 + 2 * len(chunks))), nl.float32, buffer=nl.sbuf)
         triples = 0
-        piece = 0
         for data in chunks:
-            for start, stop in _pieces(data.shape[1]):
-                on_scalar = 1 if stop - start == 512 and piece % 8 in (1, 4, 6) else 0
-                triples += _centred_stats(stats, triples, data, start, stop, on_scalar)
-                piece += 1
+            width = data.shape[1]
+            cut = 7 * width // 32 * 2 if width >= 1024 else 0
+            if cut > 0:
+                triples += _centred_stats(stats, triples, data, 0, cut, 1)
+            for start, stop in _pieces(cut, width):
+                triples += _centred_stats(stats, triples, data, start, stop, 0)
         both = nl.ndarray((p, 2), nl.float32, buffer=nl.sbuf)
         nisa.bn_aggr(dst=both, data=stats[:, 0 : 3 * triples])
         return both[:, 0:1], _inverse_deviation(both[:, 1:2], eps)

@@ -35,8 +35,9 @@ def column(partitions):
 
 
 def constant(partitions, columns, value, dtype):
+    """Filled on GpSimd, which the kernels leave idle."""
     tile_sbuf = nl.ndarray((partitions, columns), dtype, buffer=nl.sbuf)
-    nisa.memset(dst=tile_sbuf, value=value)
+    nisa.memset(dst=tile_sbuf, value=value, engine=nisa.engine.gpsimd)
     return tile_sbuf
 
 

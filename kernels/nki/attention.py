@@ -3,9 +3,9 @@
 Queries on partitions, 128 at a time (for one-query decoding the heads of a key/value group); keys along the free dim in
 blocks of 512 (one PSUM bank) and sections of SECTION. A section's maximum is taken from PSUM, one exp pass gives the
 probabilities and their sum, and running maximum, sum and output are rescaled once for a section (online softmax, Milakov
-and Gimelshein 2018; Dao et al. 2022). Probabilities are turned on the Tensor engine (gen2: by DMA, where a NaN would spread),
-their PSUM drained half on Vector and half on Scalar. In a full section key p * chunks + c belongs to chunk c, so that values
-arrive in runs of whole sections. Keys and values of a head are read once for all its queries where they fit RESIDENT_BYTES.
+and Gimelshein 2018; Dao et al. 2022). Probabilities are turned by DMA and on the Tensor engine in turn (gen2: by DMA only,
+its Tensor engine spreads a NaN). Without per-query bounds key p * 16 + c of a section belongs to chunk c, so that values
+arrive in runs of 16 rows. Keys and values of a head are read once for all its queries where they fit RESIDENT_BYTES.
 
 Blocks that no query of the tile sees are skipped; a block that some see is masked by run-time bounds (range_select). There
 a value that is not finite is replaced by 0 and added back for the queries that see it, so that 0 * NaN never leaks.
@@ -78,8 +78,8 @@ def block_kind(k0, k1, q0, q1, sq, sk, options):
     return kind
 
 
-def hide(dst, src, k0, low, high):
-    """dst = src with the keys outside [low, high) at the lowest float32; src may be in PSUM."""
+def hide(dst, src, k0, low, high, top):
+    """dst = src with the keys outside [low, high) at the lowest float32, its maximum into top; src may be in PSUM."""
     p, width = dst.shape
     if nisa.get_nc_version() >= nisa.nc_version.gen3:
         nisa.range_select(
@@ -90,17 +90,18 @@ def hide(dst, src, k0, low, high):
             bound0=low,
             bound1=high,
             range_start=k0,
+            reduce_res=top,
         )
     else:
         key = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
         nisa.iota(dst=key, pattern=[[1, width]], offset=k0, channel_multiplier=0)
         out = nl.ndarray((p, width), nl.uint8, buffer=nl.sbuf)
-        if dst is not src:  # noqa: the copy is skipped where both are one tile
-            nisa.tensor_copy(dst=dst, src=src)
+        nisa.tensor_copy(dst=dst, src=src)
         nisa.tensor_scalar(dst=out, data=key, op0=nl.less, operand0=low)
         nisa.tensor_copy_predicated(dst=dst, src=FLOAT32_MIN, predicate=out)
         nisa.tensor_scalar(dst=out, data=key, op0=nl.greater_equal, operand0=high)
         nisa.tensor_copy_predicated(dst=dst, src=FLOAT32_MIN, predicate=out)
+        nisa.tensor_reduce(dst=top, op=nl.maximum, data=dst, axis=1)
 
 
 def load_mask(mask, b, h, q0, q1, k0, k1):
@@ -167,16 +168,20 @@ def head_column(values, b, h, p, options):
     return wide
 
 
-def turn(data, turned_count):
-    """[columns, P] in SBUF of a [P, columns] tile of at most 128 x 128."""
+def turn(data, turned_count, by_dma):
+    """[columns, P] in SBUF of a [P, columns] tile of at most 128 x 128.
+
+    Every second tile by DMA if allowed, the others on the Tensor engine, drained by Scalar (three in four) and Vector.
+    """
     p, width = data.shape
     result = nl.ndarray((width, p), data.dtype, buffer=nl.sbuf)
-    if nisa.get_nc_version() < nisa.nc_version.gen3:
+    old = nisa.get_nc_version() < nisa.nc_version.gen3
+    if old or (by_dma and turned_count % 2 == 0 and data.dtype != nl.float32):
         nisa.dma_transpose(dst=result, src=data)
         return result
     bank = nl.ndarray((width, p), data.dtype, buffer=nl.psum)
     nisa.nc_transpose(dst=bank, data=data, engine=nisa.engine.tensor)
-    if turned_count % 2 == 0:
+    if (turned_count // 2) % 4 == 0:
         nisa.tensor_copy(dst=result, src=bank)
     else:
         nisa.activation(dst=result, op=nl.copy, data=bank)
@@ -186,10 +191,12 @@ def turn(data, turned_count):
 def finite_part(v):
     """(v with 0 for what is not finite, 1 where v is NaN or +inf, 1 where v is NaN or -inf), all in v's dtype."""
     difference = nl.ndarray(v.shape, nl.float32, buffer=nl.sbuf)
-    nisa.tensor_tensor(dst=difference, data1=v, data2=v, op=nl.subtract)
+    nisa.tensor_tensor(dst=difference, data1=v, data2=v, op=nl.subtract, engine=nisa.engine.gpsimd)
     finite = nl.ndarray(v.shape, nl.uint8, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=finite, data=difference, op0=nl.equal, operand0=0.0)
-    clean = constant(v.shape[0], v.shape[1], 0.0, v.dtype)
+    zero = constant(v.shape[0], v.shape[1], 0.0, nl.float32)
+    nisa.tensor_tensor(dst=finite, data1=difference, data2=zero, op=nl.equal, engine=nisa.engine.gpsimd)
+    clean = nl.ndarray(v.shape, v.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=clean, value=0.0, engine=nisa.engine.gpsimd)
     nisa.tensor_copy_predicated(dst=clean, src=v, predicate=finite)
     plus = nl.ndarray(v.shape, v.dtype, buffer=nl.sbuf)
     nisa.tensor_scalar(
@@ -215,57 +222,65 @@ def finite_part(v):
 
 
 def _add_infinities(total, counts_psum, op):
-    """total +- infinity where the count is positive."""
+    """total +- infinity where the count, a sum of probabilities, is positive."""
     term = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
-    # A count that is NaN keeps the row NaN through the clean product; here it compares false.
     nisa.tensor_scalar(
-        dst=term, data=counts_psum, op0=nl.greater, operand0=0.0, op1=nl.multiply, operand1=FLOAT32_MAX
+        dst=term, data=counts_psum, op0=nl.multiply, operand0=FLOAT32_MAX, op1=nl.multiply, operand1=FLOAT32_MAX
     )
-    nisa.tensor_scalar(dst=term, data=term, op0=nl.multiply, operand0=2.0)
-    nisa.tensor_tensor(dst=total, data1=total, data2=term, op=op)
+    nisa.tensor_tensor(dst=total, data1=total, data2=term, op=op, engine=nisa.engine.gpsimd)
 
 
 def load_values(value, k0, k1, keys_across, options):
-    """A section's values: [128, chunks * dv] where it divides into 128s, else one [rows, dv] tile for each 128 keys."""
-    count, dv = k1 - k0, value.shape[1]
-    tiles = []
-    if count % 128 == 0:
-        chunks = count // 128
-        tile_sbuf = nl.ndarray((128, chunks * dv), value.dtype, buffer=nl.sbuf)
-        nisa.dma_copy(dst=tile_sbuf, src=value[k0:k1].reshape((128, chunks * dv)))
-        tiles.append(_drop_past_end(tile_sbuf, k0, chunks, chunks, dv, keys_across, options))
-        return tiles
-    for c in range(k0, k1, 128):
+    """The chunks of a section: (values [rows, dv], first column, column step, keys from, keys to).
+
+    Runs of span keys are spread over the partitions: key p * step + c of a run is row p of its chunk c, so that each
+    partition reads step * dv contiguous values.
+    """
+    dv, span = value.shape[1], min(options["span"], k1 - k0)
+    if span % 128 > 0:
+        span = 128
+    runs = (k1 - k0) // span
+    step = span // 128
+    chunks = []
+    if runs > 0:
+        stop = k0 + runs * span
+        tile_sbuf = nl.ndarray((128, runs * step * dv), value.dtype, buffer=nl.sbuf)
+        nisa.dma_copy(
+            dst=tile_sbuf.reshape((128, runs, step * dv)),
+            src=value[k0:stop].reshape((runs, 128, step * dv)).permute((1, 0, 2)),
+        )
+        tile_sbuf = drop_past_end(tile_sbuf, k0, [[span, runs], [1, step]], step, dv, keys_across, options)
+        for i in range(runs):
+            for c in range(step):
+                at = (i * step + c) * dv
+                first = i * span + c
+                chunks.append((tile_sbuf[:, at : at + dv], first, step, k0 + i * span, k0 + i * span + span))
+    for c in range(k0 + runs * span, k1, 128):
         stop = min(k1, c + 128)
         tile_sbuf = nl.ndarray((stop - c, dv), value.dtype, buffer=nl.sbuf)
         nisa.dma_copy(dst=tile_sbuf, src=value[c:stop])
-        tiles.append(_drop_past_end(tile_sbuf, c, 1, 1, dv, keys_across, options))
-    return tiles
+        tile_sbuf = drop_past_end(tile_sbuf, c, [[1, 1]], 1, dv, keys_across, options)
+        chunks.append((tile_sbuf, c - k0, 1, c, stop))
+    return chunks
 
 
-def _drop_past_end(tile_sbuf, k0, step, chunks, dv, keys_across, options):
-    """Values at or past the sequence's end become 0: nobody wrote them."""
+def drop_past_end(tile_sbuf, k0, pattern, step, dv, keys_across, options):
+    """Rows at or past the sequence's end become 0: nobody wrote them. The keys of row p are k0 + p * step + pattern."""
     if not options["has_seqlens"]:
         return tile_sbuf
-    p = tile_sbuf.shape[0]
+    p, width = tile_sbuf.shape
+    chunks = width // dv
     key = nl.ndarray((p, chunks), nl.float32, buffer=nl.sbuf)
-    nisa.iota(dst=key, pattern=[[1, chunks]], offset=k0, channel_multiplier=step)
+    nisa.iota(dst=key, pattern=pattern, offset=k0, channel_multiplier=step)
     valid = nl.ndarray((p, chunks), nl.uint8, buffer=nl.sbuf)
     nisa.tensor_scalar(dst=valid, data=key, op0=nl.less, operand0=keys_across[0:p])
-    kept = constant(p, chunks * dv, 0.0, tile_sbuf.dtype)
+    kept = constant(p, width, 0.0, tile_sbuf.dtype)
     nisa.tensor_copy_predicated(
         dst=kept.reshape((p, chunks, dv)),
         src=tile_sbuf.reshape((p, chunks, dv)),
         predicate=valid.expand_dim(2).broadcast(2, dv),
     )
     return kept
-
-
-def value_chunk(v_tiles, chunk, count, dv):
-    """(values [rows, dv], first column, column step) of one chunk of a section of `count` keys."""
-    if count % 128 == 0:
-        return v_tiles[0][:, chunk * dv : chunk * dv + dv], chunk, count // 128
-    return v_tiles[chunk], chunk * 128, 1
 
 
 def load_keys(key, k0, k1):
@@ -339,14 +354,14 @@ def _query_tile(
     slope = position
     if options["has_alibi"]:
         slope = head_column(slopes, b, h, p, options)
-    top = constant(p, 1, FLOOR, nl.float32)
+    minus_top = constant(p, 1, -FLOOR, nl.float32)
     total = constant(p, 1, 0.0, nl.float32)
     if options["has_sinks"]:
         sink = head_column(sinks, b, h, p, options)
-        nisa.tensor_scalar(dst=top, data=sink, op0=nl.maximum, operand0=FLOOR)
-        gap = column(p)
-        nisa.tensor_tensor(dst=gap, data1=sink, data2=top, op=nl.subtract)
-        nisa.activation(dst=total, op=nl.exp, data=gap)
+        nisa.tensor_scalar(
+            dst=minus_top, data=sink, op0=nl.maximum, operand0=FLOOR, op1=nl.multiply, operand1=-1.0
+        )
+        nisa.activation(dst=total, op=nl.exp, data=sink, bias=minus_top)
     acc = constant(p, dv, 0.0, nl.float32)
     natural = options["natural"]
     factor = 1.0 if natural else options["scale"]
@@ -366,13 +381,12 @@ def _query_tile(
         if len(seen) == 0:
             continue
         if resident:
-            k_tiles, v_tiles = held[s]
+            k_tiles, v_chunks = held[s]
         else:
             k_tiles = load_keys(key[b, kv], k0, k1)
-            v_tiles = load_values(value[b, kv], k0, k1, keys_across, options)
+            v_chunks = load_values(value[b, kv], k0, k1, keys_across, options)
         tops = nl.ndarray((p, len(seen)), nl.float32, buffer=nl.sbuf)
         scores = []
-        guarded = False
         for i in range(len(seen)):
             start, stop, kind = seen[i]
             score = products(q_tiles, k_tiles, start - k0, stop - k0)
@@ -383,26 +397,26 @@ def _query_tile(
                 score = natural_scores(score, start, position, slope, mask_sbuf, options)
             if kind == 2:
                 shown = nl.ndarray((p, stop - start), nl.float32, buffer=nl.sbuf)
-                hide(shown, score, start, low, high)
+                hide(shown, score, start, low, high, tops[:, i : i + 1])
                 score = shown
-            if options["has_mask"] or (kind == 2 and options["per_query_bounds"]):
-                guarded = True
-            nisa.tensor_reduce(dst=tops[:, i : i + 1], op=nl.maximum, data=score, axis=1)
+            else:
+                nisa.tensor_reduce(dst=tops[:, i : i + 1], op=nl.maximum, data=score, axis=1)
             scores.append(score)
-        best = column(p)
-        nisa.tensor_reduce(dst=best, op=nl.maximum, data=tops, axis=1)
-        new_top = column(p)
+        minus_best = column(p)
+        nisa.tensor_reduce(dst=minus_best, op=nl.maximum, data=tops, axis=1, negate=True)
+        new_minus_top = column(p)
         nisa.tensor_scalar(
-            dst=new_top, data=best, op0=nl.multiply, operand0=factor, op1=nl.maximum, operand1=top
+            dst=new_minus_top,
+            data=minus_best,
+            op0=nl.multiply,
+            operand0=factor,
+            op1=nl.minimum,
+            operand1=minus_top,
         )
-        minus_top = column(p)
-        nisa.tensor_scalar(dst=minus_top, data=new_top, op0=nl.multiply, operand0=-1.0)
         shrink = column(p)
-        nisa.activation(dst=shrink, op=nl.exp, data=top, bias=minus_top)
-        count = k1 - k0
-        power = nl.ndarray((p, count), query.dtype, buffer=nl.sbuf)
-        if len(seen) < len(blocks):
-            nisa.memset(dst=power, value=0.0)  # skipped blocks share chunks with seen ones
+        nisa.activation(dst=shrink, op=nl.exp, data=minus_top, scale=-1.0, bias=new_minus_top)
+        minus_top = new_minus_top
+        power = nl.ndarray((p, k1 - k0), query.dtype, buffer=nl.sbuf)
         part = column(p)
         for i in range(len(seen)):
             start, stop, kind = seen[i]
@@ -422,21 +436,19 @@ def _query_tile(
         )
         out_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
         plus_psum = minus_psum = out_psum
-        if guarded:
-            plus_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
-            minus_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
-        chunks = (count + 127) // 128
-        strided = count % 128 == 0
-        seen_to = seen[len(seen) - 1][1] - k0
-        seen_from = seen[0][0] - k0
-        for chunk in range(chunks):
-            if not strided and (chunk * 128 >= seen_to or chunk * 128 + 128 <= seen_from):
+        guards = 0
+        for v, first, step, k_first, k_last in v_chunks:
+            kind = block_kind(k_first, k_last, q0, q1, sq, sk, options)
+            if kind == 0:
                 continue
-            v, first, step = value_chunk(v_tiles, chunk, count, dv)
             rows = v.shape[0]
-            turned = turn(power[:, first : first + (rows - 1) * step + 1 : step], turned_count)
+            turned = turn(power[:, first : first + (rows - 1) * step + 1 : step], turned_count, p > 64)
             turned_count += 1
-            if guarded:
+            if options["has_mask"] or (kind == 2 and options["per_query_bounds"]):
+                if guards == 0:
+                    plus_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
+                    minus_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
+                guards += 1
                 clean, plus, minus = finite_part(v)
                 nisa.nc_matmul(dst=out_psum, stationary=turned, moving=clean)
                 nisa.nc_matmul(dst=plus_psum, stationary=turned, moving=plus)
@@ -446,10 +458,9 @@ def _query_tile(
         nisa.scalar_tensor_tensor(
             dst=acc, data=acc, op0=nl.multiply, operand0=shrink, op1=nl.add, operand1=out_psum
         )
-        if guarded:
+        if guards > 0:
             _add_infinities(acc, plus_psum, nl.add)
             _add_infinities(acc, minus_psum, nl.subtract)
-        top = new_top
     inverse = column(p)
     nisa.tensor_scalar(dst=inverse, data=total, op0=nl.maximum, operand0=1.0e-37)
     nisa.reciprocal(dst=inverse, data=inverse)
@@ -458,7 +469,7 @@ def _query_tile(
     nisa.dma_copy(dst=out_hbm[b, h, q0:q1], src=out)
     lse = column(p)
     nisa.activation(dst=lse, op=nl.log, data=total)
-    nisa.tensor_tensor(dst=lse, data1=lse, data2=top, op=nl.add)
+    nisa.tensor_tensor(dst=lse, data1=lse, data2=minus_top, op=nl.subtract)
     nisa.dma_copy(dst=lse_hbm[b, h, q0:q1], src=lse)
 
 
@@ -484,6 +495,7 @@ def options_of(
         "has_seqlens": seqlens_k is not None,
         "per_query_bounds": per_query,
         "natural": softcap > 0 or alibi_slopes is not None or attn_mask is not None or not steady,
+        "span": 128 if per_query or attn_mask is not None else SECTION,
         "packed": packed,
         "group": group,
         "row_step": 0 if packed else 1,
@@ -536,4 +548,4 @@ def run(
     out, lse = attention_kernel[cores](
         q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths, options
     )
-    return {"out": out.reshape(*shape[:-1], value.shape[-1]), "lse": lse.reshape(shape[:-1])}
+    return {"out": out.reshape((*shape[:-1], value.shape[-1])), "lse": lse.reshape(shape[:-1])}

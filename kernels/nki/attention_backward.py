@@ -18,8 +18,8 @@ from ._tiles import DTYPES, add_other_core, column, constant, load, load_across,
 from .attention import (
     FLOOR,
     _add_infinities,
-    _drop_past_end,
     block_kind,
+    drop_past_end,
     finite_part,
     head_column,
     heads_of,
@@ -136,7 +136,7 @@ def attention_backward_kernel(
         for c in range(0, sk, 128):
             stop = min(sk, c + 128)
             k_rows.append(
-                _drop_past_end(load(key[b, kv, c:stop], key.dtype), c, 1, 1, d, keys_across, options)
+                drop_past_end(load(key[b, kv, c:stop], key.dtype), c, [[1, 1]], 1, d, keys_across, options)
             )
             grad_k.append(constant(stop - c, d, 0.0, nl.float32))
             grad_v.append(constant(stop - c, dv, 0.0, nl.float32))
@@ -243,7 +243,7 @@ def attention_backward_kernel(
                         stop = min(k1, c + 128)
                         _add_product(grad_v[chunk], low_power[:, c - k0 : stop - k0], do_rows, False)
                         _add_product(grad_k[chunk], low_grad[:, c - k0 : stop - k0], q_rows, False)
-                        turned = turn(low_grad[:, c - k0 : stop - k0], turned_count)
+                        turned = turn(low_grad[:, c - k0 : stop - k0], turned_count, True)
                         turned_count += 1
                         _add_product(grad_q, turned, k_rows[chunk], guarded)
                 _store_scaled(grad_q_hbm[b, h, q0:q1], grad_q, options["scale"])
