@@ -425,6 +425,10 @@ def candidates(request: Request) -> list[tuple[Any, str | None]]:
     from .backends import BACKENDS
 
     if request.state.backend is not None:
+        if request.state.backend not in BACKENDS:  # use_backend checks its argument, so it came from the environment
+            raise ValueError(
+                f"ISOTILE_BACKEND: wanted one of {', '.join(map(repr, BACKENDS))}, got {request.state.backend!r}"
+            )
         chosen = BACKENDS[request.state.backend]
         return [(chosen, chosen.unavailable(request.device.type) or chosen.refuses(request))]
     found = []

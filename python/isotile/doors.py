@@ -40,7 +40,8 @@ def _slow(
     tensors = [values[i] for i in op.tensor_positions]
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*tensors, *outs)):
         _refuse_out(op.spec.name)
-    if torch.compiler.is_compiling() or library.special():
+    lazy = any(isinstance(t, torch.Tensor) and t.is_neg() for t in tensors)
+    if torch.compiler.is_compiling() or library.special() or lazy:
         results = op.route(overload, values)
         for target, name in zip(outs, pick, strict=True):
             target.copy_(results[names.index(name)])
@@ -89,7 +90,10 @@ def _generated(name: str) -> Callable[..., Any]:
     tensors = [n for n in op.parameters if n in spec.tensors]
     optional = {n for n in tensors if spec.tensors[n].optional}
     plain = " and ".join(
-        f"({n} is None or type({n}) in _PLAIN)" if n in optional else f"type({n}) in _PLAIN" for n in tensors
+        f"({n} is None or type({n}) in _PLAIN and not {n}.is_neg())"
+        if n in optional
+        else f"type({n}) in _PLAIN and not {n}.is_neg()"
+        for n in tensors
     )
     grads = " or ".join(f"({n} is not None and {n}.requires_grad)" if n in optional else f"{n}.requires_grad" for n in tensors)
     key = []

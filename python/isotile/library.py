@@ -148,7 +148,7 @@ class Operator:
                 return self.route(saving, values)[: self.n_default]
         if torch.compiler.is_compiling():
             return self.dispatched(overload, values)
-        plain = all(t is None or type(t) in PLAIN for t in tensors)
+        plain = all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in tensors)
         if plain and not special():
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
                 dispatch.check_types(self.spec, dict(zip(self.parameters, values, strict=True)))
@@ -525,9 +525,15 @@ def _composable_function(operator: Operator, overload: str) -> type:
     return Composable
 
 
-@functools.cache
+OPERATORS: dict[str, Operator] = {}
+
+
 def operator(name: str) -> Operator:
-    return Operator(registry.spec(name))
+    """The operator of that name, registered with PyTorch at its first use."""
+    found = OPERATORS.get(name)
+    if found is None:
+        found = OPERATORS[name] = Operator(registry.spec(name))
+    return found
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:

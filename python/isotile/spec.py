@@ -30,7 +30,7 @@ class Values:
     scale: float = 1.0
     low: float | None = None
     high: float | None = None
-    #: drawn once for a call from the bound dimensions: `lambda draw, dims: tensor`, for structured arguments
+    #: `make(generator, dims, shape) -> tensor`, for arguments with a structure of their own
     make: Callable[..., torch.Tensor] | None = None
 
 

@@ -300,12 +300,12 @@ def flops(dims, scalars):
     return full / 2 if scalars.is_causal else full
 
 
-def draw_lengths(generator, dims):
-    return torch.randint(0, dims.sk + 1, tuple(dims.loop), generator=generator).to(torch.int32)
+def draw_lengths(generator, dims, shape):
+    return torch.randint(0, dims.sk + 1, shape, generator=generator).to(torch.int32)
 
 
-def draw_seed(generator, dims):
-    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
+def draw_seed(generator, dims, shape):
+    return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator)
 
 
 def _positive(value):

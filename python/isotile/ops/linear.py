@@ -43,10 +43,13 @@ def _gradient(saved, grads, needs):
     if needs["x"]:
         found["x"] = call("matmul", grad_z, weight)[0]
     if needs["weight"]:
-        rows = grad_z.reshape(-1, grad_z.shape[-1]) if grad_z.ndim != 2 else grad_z
-        inputs = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
-        found["weight"] = call("matmul", rows.mT, inputs)[0]
+        found["weight"] = call("matmul", _matrix(grad_z).mT, _matrix(x))[0]
     return found
+
+
+def _matrix(x):
+    """All leading dimensions as rows."""
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
 
 def _lower(tensors, outs, scalars):

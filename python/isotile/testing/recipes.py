@@ -227,7 +227,7 @@ def fill(
     """Values of one argument: its own domain, at the recipe's scale."""
     domain = arg.values
     if domain.make is not None:
-        return domain.make(generator, dims).reshape(shape).to(dtype)
+        return domain.make(generator, dims, shape).to(dtype)
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.7
     if domain.low is not None and domain.high is not None:
