@@ -73,7 +73,8 @@ struct Packed<BFloat16> {
 enum class Start { kZero, kAdd, kScale };  // of a tile: from 0, from c, from c times a factor for each row
 
 // c[6][NV vectors] = start + a [6, kk] . b [kk, NV vectors]; a(r, k) = a[r * a_row + k * a_k]. One chain of fused
-// multiply-adds for each element in the order of k, so the result does not depend on how the caller cuts rows and columns.
+// multiply-adds for each element in the order of k, so the result does not depend on how the caller cuts rows and
+// columns.
 template <class T, int NV, Start kStart>
 ISOTILE_INLINE void tile_nv(const typename Packed<T>::Word* a, int64_t a_row, int64_t a_k,
                             const typename Packed<T>::Word* b, int64_t b_k, int64_t kk, Accumulator<T>* c,
@@ -144,8 +145,7 @@ ISOTILE_INLINE int64_t row_lanes(int64_t n) {
   return max64(round_up(n, lanes<T>()), lanes<T>());
 }
 
-// A weight as the next product takes it. Weights are recomputed for every product, and what the instruction below takes for
-// 0 (subnormal) is 0 to that product anyway.
+// A weight as the next product takes it. The conversion instruction flushes subnormals; so does the dot instruction.
 template <class A>
 ISOTILE_INLINE void store_weights(Vec<A> x, A* to) {
   x.store(to);
@@ -160,13 +160,14 @@ ISOTILE_INLINE void store_weights(Vec<float> x, BFloat16* to) {
 
 // Six rows against transposed panels: c[6][c0, c1) = a . panels, c0 and c1 multiples of the lanes.
 template <class T>
-ISOTILE_INLINE void tile_panels(const typename Packed<T>::Word* a, int64_t a_row, const typename Packed<T>::Word* panels,
-                                int64_t kk, int64_t c0, int64_t c1, Accumulator<T>* c, int64_t c_row) {
+ISOTILE_INLINE void tile_panels(const typename Packed<T>::Word* a, int64_t a_row,
+                                const typename Packed<T>::Word* panels, int64_t kk, int64_t c0, int64_t c1,
+                                Accumulator<T>* c, int64_t c_row) {
   constexpr int64_t kWidth = panel_width<T>();
   for (int64_t j = c0; j < c1;) {
     const int64_t panel = j / kWidth, end = min64(c1, (panel + 1) * kWidth);
-    tile<T, Start::kZero>(static_cast<int>((end - j) / lanes<T>()), a, a_row, 1, panels + panel * kk * kWidth + (j - panel * kWidth),
-                          kWidth, kk, c + j, c_row, nullptr);
+    tile<T, Start::kZero>(static_cast<int>((end - j) / lanes<T>()), a, a_row, 1,
+                          panels + panel * kk * kWidth + (j - panel * kWidth), kWidth, kk, c + j, c_row, nullptr);
     j = end;
   }
 }
@@ -177,8 +178,8 @@ ISOTILE_INLINE void tile_rows(const typename Packed<T>::Word* a, int64_t a_row, 
                               Accumulator<T>* c, int64_t c_row, const Accumulator<T>* factor) {
   constexpr int64_t kWidth = panel_width<T>();
   for (int64_t j = 0; j < columns; j += kWidth) {
-    tile<T, kStart>(static_cast<int>((min64(columns, j + kWidth) - j) / lanes<T>()), a, a_row, a_k, b + j, b_k, kk, c + j, c_row,
-                    factor);
+    tile<T, kStart>(static_cast<int>((min64(columns, j + kWidth) - j) / lanes<T>()), a, a_row, a_k, b + j, b_k, kk,
+                    c + j, c_row, factor);
   }
 }
 
@@ -255,8 +256,10 @@ ISOTILE_INLINE void transpose_16x16(const void* from, int64_t from_row, void* to
   // a[4 i + c] holds, in 128-bit lane l, column 4 l + c of rows 4 i .. 4 i + 3
 #pragma GCC unroll 16
   for (int c = 0; c < 4; ++c) {
-    const __m512 p = _mm512_maskz_shuffle_f32x4(kAll, a[c], a[4 + c], 0x88), q = _mm512_maskz_shuffle_f32x4(kAll, a[c], a[4 + c], 0xdd);
-    const __m512 s = _mm512_maskz_shuffle_f32x4(kAll, a[8 + c], a[12 + c], 0x88), t = _mm512_maskz_shuffle_f32x4(kAll, a[8 + c], a[12 + c], 0xdd);
+    const __m512 p = _mm512_maskz_shuffle_f32x4(kAll, a[c], a[4 + c], 0x88),
+                 q = _mm512_maskz_shuffle_f32x4(kAll, a[c], a[4 + c], 0xdd);
+    const __m512 s = _mm512_maskz_shuffle_f32x4(kAll, a[8 + c], a[12 + c], 0x88),
+                 t = _mm512_maskz_shuffle_f32x4(kAll, a[8 + c], a[12 + c], 0xdd);
     _mm512_storeu_ps(dst + (c)*to_row, _mm512_maskz_shuffle_f32x4(kAll, p, s, 0x88));
     _mm512_storeu_ps(dst + (4 + c) * to_row, _mm512_maskz_shuffle_f32x4(kAll, q, t, 0x88));
     _mm512_storeu_ps(dst + (8 + c) * to_row, _mm512_maskz_shuffle_f32x4(kAll, p, s, 0xdd));
@@ -300,7 +303,8 @@ ISOTILE_INLINE void pair_rows(const uint32_t* natural, int64_t rows, int64_t wor
 
 // Element (row, i) of a natural buffer, widened.
 template <class T>
-ISOTILE_INLINE Accumulator<T> natural_at(const typename Packed<T>::Word* natural, int64_t words, int64_t row, int64_t i) {
+ISOTILE_INLINE Accumulator<T> natural_at(const typename Packed<T>::Word* natural, int64_t words, int64_t row,
+                                         int64_t i) {
   if constexpr (Packed<T>::kPair == 1) {
     return natural[row * words + i];
   } else {
@@ -406,7 +410,8 @@ ISOTILE_INLINE void set_float(const TensorView& t, int64_t offset, double x) {
   }
 }
 ISOTILE_INLINE int64_t int_at(const TensorView& t, int64_t offset) {
-  return t.dtype == DType::kInt32 ? static_cast<const int32_t*>(t.data)[offset] : static_cast<const int64_t*>(t.data)[offset];
+  return t.dtype == DType::kInt32 ? static_cast<const int32_t*>(t.data)[offset]
+                                  : static_cast<const int64_t*>(t.data)[offset];
 }
 
 struct Problem {
@@ -416,9 +421,9 @@ struct Problem {
   double dropout_p, scale, softcap;
   bool causal, bottom_right;
   int64_t window_left, window_right;
-  bool general;            // scores need more than the scale
-  double score_scale;      // applied to q.k before anything else; 1 when exp2_factor holds it
-  double exp2_factor;      // from score to the exponent of 2
+  bool general;                              // scores need more than the scale
+  double score_scale;                        // applied to q.k before anything else; 1 when exp2_factor holds it
+  double exp2_factor;                        // from score to the exponent of 2
   uint32_t seed_low, seed_high, drop_below;  // dropped where r >> 8 < drop_below
   double keep_scale;
 };
@@ -485,11 +490,13 @@ struct Group {
   int64_t b, kv_head, keys, offset;
   const char* mask;
 
-  ISOTILE_INLINE Group(const Problem& problem, int64_t batch_index, int64_t head) : p(&problem), b(batch_index), kv_head(head) {
+  ISOTILE_INLINE Group(const Problem& problem, int64_t batch_index, int64_t head)
+      : p(&problem), b(batch_index), kv_head(head) {
     keys = p->sk;
     if (p->seqlens) keys = max64(0, min64(keys, int_at(*p->seqlens, batch_offset(*p->seqlens, p->batch_dims, b))));
     offset = p->bottom_right ? keys - p->sq : 0;
-    mask = p->mask ? static_cast<const char*>(p->mask->data) + item_size(p->mask->dtype) * batch_offset(*p->mask, p->batch_dims, b)
+    mask = p->mask ? static_cast<const char*>(p->mask->data) +
+                         item_size(p->mask->dtype) * batch_offset(*p->mask, p->batch_dims, b)
                    : nullptr;
   }
   ISOTILE_INLINE Row row(int64_t r) const {
@@ -506,21 +513,22 @@ struct Group {
     row.mask = nullptr;
     if (mask) {
       const int nb = p->batch_dims;
-      row.mask = mask + item_size(p->mask->dtype) * (row.head * p->mask->stride[nb] + row.query * p->mask->stride[nb + 1]);
+      row.mask =
+          mask + item_size(p->mask->dtype) * (row.head * p->mask->stride[nb] + row.query * p->mask->stride[nb + 1]);
     }
     return row;
   }
   template <class T>
   ISOTILE_INLINE RowSource<T> keys_of(const TensorView& t) const {
     const int nb = p->batch_dims;
-    return {static_cast<const T*>(t.data) + batch_offset(t, nb, b) + kv_head * t.stride[nb], t.stride[nb + 1], t.stride[nb],
-            t.stride[nb + 2], 1};
+    return {static_cast<const T*>(t.data) + batch_offset(t, nb, b) + kv_head * t.stride[nb], t.stride[nb + 1],
+            t.stride[nb], t.stride[nb + 2], 1};
   }
   template <class T>
   ISOTILE_INLINE RowSource<T> queries_of(const TensorView& t) const {
     const int nb = p->batch_dims;
-    return {static_cast<const T*>(t.data) + batch_offset(t, nb, b) + kv_head * p->group * t.stride[nb], t.stride[nb + 1],
-            t.stride[nb], t.stride[nb + 2], p->group};
+    return {static_cast<const T*>(t.data) + batch_offset(t, nb, b) + kv_head * p->group * t.stride[nb],
+            t.stride[nb + 1], t.stride[nb], t.stride[nb + 2], p->group};
   }
   // Offset of the (lse-shaped) element of a row.
   ISOTILE_INLINE int64_t row_offset(const TensorView& t, const Row& row) const {

@@ -29,14 +29,16 @@ ISOTILE_INLINE __m512 sum_16(const Vec<float>* v) {
 #pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
-    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, x, y)), _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, x, y)));
+    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, x, y)),
+                         _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, x, y)));
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 2; ++i) {
     w[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0x88),
                          _mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0xdd));
   }
-  return _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0x88), _mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0xdd));
+  return _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0x88),
+                       _mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0xdd));
 }
 #endif
 
@@ -109,7 +111,8 @@ void key_products(const T* k, int64_t k_row, int64_t d, const typename Packed<T>
         for (int r = 0; r < kRows; ++r) {
           const typename Packed<T>::BVec y = Packed<T>::load(q + r * q_row + full * V::kLanes);
 #pragma GCC unroll 16
-          for (int i = 0; i < kTogether; ++i) acc[i][r] = Packed<T>::dot(y, K::load(keys[i] + full * K::kStep, rest), acc[i][r]);
+          for (int i = 0; i < kTogether; ++i)
+            acc[i][r] = Packed<T>::dot(y, K::load(keys[i] + full * K::kStep, rest), acc[i][r]);
         }
       }
 #pragma GCC unroll 16
@@ -128,10 +131,11 @@ void key_products(const T* k, int64_t k_row, int64_t d, const typename Packed<T>
   }
 }
 
-// o[row, column] += sum over n keys of weight[row, key] v[key, column], for kRows rows and up to kVecs vectors of columns.
+// o[row, column] += sum over n keys of weight[row, key] v[key, column], for kRows rows and up to kVecs vectors of
+// columns.
 template <class T, int kRows, int kVecs, bool kPartial>
-ISOTILE_INLINE void add_values(const T* v, int64_t v_row, int64_t columns, const Accumulator<T>* weight, int64_t weight_row, int64_t n,
-                               Accumulator<T>* o, int64_t o_row) {
+ISOTILE_INLINE void add_values(const T* v, int64_t v_row, int64_t columns, const Accumulator<T>* weight,
+                               int64_t weight_row, int64_t n, Accumulator<T>* o, int64_t o_row) {
   using V = Vec<Accumulator<T>>;
   V acc[kRows][kVecs];
   const int64_t vecs = kPartial ? (columns + V::kLanes - 1) / V::kLanes : kVecs;
@@ -231,48 +235,55 @@ struct DecodeTask {
     A* o = partial_of(b * p.hk + kv_head, part, 0);
     const int64_t o_row = columns + 2;
     for (int64_t k0 = lo / kDecodeBlock * kDecodeBlock; k0 < hi; k0 += kDecodeBlock) {
-      const int64_t c0 = max64(0, (lo - k0) / kDecodeSums * kDecodeSums), n = min64(kDecodeBlock, hi - k0), c1 = round_up(n, 16);
+      const int64_t c0 = max64(0, (lo - k0) / kDecodeSums * kDecodeSums), n = min64(kDecodeBlock, hi - k0),
+                    c1 = round_up(n, 16);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = n; j < c1; ++j) scores[r * kDecodeBlock + j] = 0;
       }
       const T* k = keys.row(k0 + c0);
       const T* v = values.row(k0);
       each_row_group<4>(rows, [&](auto size, int64_t r) {
-        key_products<T, decltype(size)::value>(k, keys.stride_seq, p.d, q + r * words, words, n - c0, scores + r * kDecodeBlock + c0,
-                                               kDecodeBlock);
+        key_products<T, decltype(size)::value>(k, keys.stride_seq, p.d, q + r * words, words, n - c0,
+                                               scores + r * kDecodeBlock + c0, kDecodeBlock);
       });
       for (int64_t r = 0; r < rows; ++r) {
         A* to = o + r * o_row;
-        const A correction = softmax_step<A>(p, row[r], b, k0, c0, c1, scores + r * kDecodeBlock, keep, scores + r * kDecodeBlock,
-                                             to + columns, to + columns + 1);
+        const A correction = softmax_step<A>(p, row[r], b, k0, c0, c1, scores + r * kDecodeBlock, keep,
+                                             scores + r * kDecodeBlock, to + columns, to + columns + 1);
         if (correction != 1) {
           for (int64_t i = 0; i < columns; ++i) to[i] *= correction;
         }
       }
       const Scratch<A> before(ragged ? rows * o_row : 0);
       if (ragged) __builtin_memcpy(before.data(), o, static_cast<size_t>(rows * o_row) * sizeof(A));
-      // Two rows at a time leave room for eight vectors of columns: memory is then read in order, which decides the speed.
-      const int64_t step = rows > 2 || p.dv > 128 ? 32 : kDecodeBlock;  // keys whose values stay in L1 for all rows and columns
+      // Two rows at a time leave room for eight vectors of columns: memory is then read in order, which decides the
+      // speed.
+      const int64_t step =
+          rows > 2 || p.dv > 128 ? 32 : kDecodeBlock;  // keys whose values stay in L1 for all rows and columns
       for (int64_t j = c0; j < n; j += step) {
         each_row_group<2>(rows, [&](auto size, int64_t r) {
-          value_products<T, decltype(size)::value>(v + j * values.stride_seq, values.stride_seq, p.dv, scores + r * kDecodeBlock + j,
-                                                   kDecodeBlock, min64(step, n - j), o + r * o_row, o_row);
+          value_products<T, decltype(size)::value>(v + j * values.stride_seq, values.stride_seq, p.dv,
+                                                   scores + r * kDecodeBlock + j, kDecodeBlock, min64(step, n - j),
+                                                   o + r * o_row, o_row);
         });
       }
       if (!ragged) continue;
-      for (int64_t r = 0; r < rows; ++r) redo_visible(row[r], k0, c0, n, values, scores + r * kDecodeBlock, before.data() + r * o_row, o + r * o_row);
+      for (int64_t r = 0; r < rows; ++r)
+        redo_visible(row[r], k0, c0, n, values, scores + r * kDecodeBlock, before.data() + r * o_row, o + r * o_row);
     }
   }
 
   // Not finite? Then perhaps through a hidden value (0 * NaN): once more, in the same order, without those.
-  void redo_visible(const Row& row, int64_t k0, int64_t c0, int64_t n, const RowSource<T>& values, const A* weight, const A* before, A* o) const {
+  void redo_visible(const Row& row, int64_t k0, int64_t c0, int64_t n, const RowSource<T>& values, const A* weight,
+                    const A* before, A* o) const {
     V sum = V::zero();
     for (int64_t i = 0; i < columns; i += V::kLanes) sum = fma(V::load(o + i), V::zero(), sum);
     if (reduce_add(sum) == 0) return;
     for (int64_t i = 0; i < p.dv; i += V::kLanes) {
       V acc = V::load(before + i);
       for (int64_t j = c0; j < n; ++j) {
-        if (visible(p, row, k0 + j)) acc = fma(V::set1(weight[j]), V::load(values.row(k0 + j) + i, min64(V::kLanes, p.dv - i)), acc);
+        if (visible(p, row, k0 + j))
+          acc = fma(V::set1(weight[j]), V::load(values.row(k0 + j) + i, min64(V::kLanes, p.dv - i)), acc);
       }
       acc.store(o + i);
     }
@@ -297,7 +308,9 @@ struct DecodeTask {
 template <class T>
 ISOTILE_INLINE bool decodes(const Problem& p) {
   const bool few = p.rows <= kDecodeRows || (p.sq == 1 && p.rows <= kDecodeHeads);
-  const auto unit = [&](const TensorView& t) { return t.stride[p.batch_dims + 2] == 1 || t.size[p.batch_dims + 2] == 1; };
+  const auto unit = [&](const TensorView& t) {
+    return t.stride[p.batch_dims + 2] == 1 || t.size[p.batch_dims + 2] == 1;
+  };
   return few && unit(*p.k) && unit(*p.v);
 }
 

@@ -20,8 +20,8 @@ ISOTILE_INLINE void start_row(const Problem& p, const Row& row, A* maximum, A* s
 // rounded into `weights`
 // (which may be `score`). Returns the factor for what was summed before.
 template <class A, class Weight>
-A softmax_step(const Problem& p, const Row& row, int64_t b, int64_t k0, int64_t c0, int64_t c1, A* score, A* keep, Weight* weights,
-               A* maximum, A* sum) {
+A softmax_step(const Problem& p, const Row& row, int64_t b, int64_t k0, int64_t c0, int64_t c1, A* score, A* keep,
+               Weight* weights, A* maximum, A* sum) {
   using V = Vec<A>;
   const A inf = static_cast<A>(__builtin_inf());
   finish_scores<A>(p, row, k0, c0, c1, score, nullptr);
@@ -58,8 +58,8 @@ double row_lse(const Problem& p, const Row& row, A maximum, A sum) {
 
 // Row r of the group: out = o / sum, and lse.
 template <class T>
-void finish_row(const Problem& p, const Group& group, const Row& row, int64_t r, Accumulator<T> maximum, Accumulator<T> sum,
-                const Accumulator<T>* o, const TensorView& out, const TensorView& lse) {
+void finish_row(const Problem& p, const Group& group, const Row& row, int64_t r, Accumulator<T> maximum,
+                Accumulator<T> sum, const Accumulator<T>* o, const TensorView& out, const TensorView& lse) {
   using V = Vec<Accumulator<T>>;
   const RowSource<T> out_rows = group.queries_of<T>(out);
   const V factor = V::set1(sum == 0 ? 0 : static_cast<Accumulator<T>>(p.keep_scale) / sum);

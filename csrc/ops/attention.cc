@@ -102,11 +102,12 @@ struct ForwardTask {
         W* strip_weights = P::kPair == 1 ? reinterpret_cast<W*>(scores) : weights;
         for (int64_t r = 0; r < kTileRows; ++r) {
           Weight* w = reinterpret_cast<Weight*>(strip_weights) + r * block;
-          correction[r] = softmax_step<A>(p, rows[s + r], b, k0, c0, c1, scores + r * block, keep, w, maximum + s + r,
-                                          sum + s + r);
+          correction[r] =
+              softmax_step<A>(p, rows[s + r], b, k0, c0, c1, scores + r * block, keep, w, maximum + s + r, sum + s + r);
         }
-        tile_rows<T, Start::kScale>(strip_weights + c0 / P::kPair, block / P::kPair, 1, v + c0 / P::kPair * v_columns, v_columns,
-                                    (c1 - c0) / P::kPair, v_columns, o + s * v_columns, v_columns, correction);
+        tile_rows<T, Start::kScale>(strip_weights + c0 / P::kPair, block / P::kPair, 1, v + c0 / P::kPair * v_columns,
+                                    v_columns, (c1 - c0) / P::kPair, v_columns, o + s * v_columns, v_columns,
+                                    correction);
         if (!bad.any) continue;
         for (int64_t r = 0; r < kTileRows; ++r) {
           for (int64_t j = c0; j < min64(c1, n); ++j) {
@@ -116,7 +117,8 @@ struct ForwardTask {
         }
       }
     }
-    for (int64_t r = 0; r < count; ++r) finish_row<T>(p, group, rows[r], first + r, maximum[r], sum[r], o + r * v_columns, out, lse);
+    for (int64_t r = 0; r < count; ++r)
+      finish_row<T>(p, group, rows[r], first + r, maximum[r], sum[r], o + r * v_columns, out, lse);
   }
 };
 
@@ -139,9 +141,8 @@ void forward(const Problem& p, const TensorView& out, const TensorView& lse) {
 
 void attention(const TensorView* t, const double* s) {
   const attention_detail::Problem p = attention_detail::read_problem(t, s);
-  dispatch_float(t[0].dtype, [&](auto type) {
-    attention_detail::forward<typename decltype(type)::type>(p, t[8], t[9]);
-  });
+  dispatch_float(t[0].dtype,
+                 [&](auto type) { attention_detail::forward<typename decltype(type)::type>(p, t[8], t[9]); });
 }
 
 }  // namespace isotile::ISOTILE_ISA

@@ -1,12 +1,15 @@
-// Gradients of attention. With p = exp(score - lse), w = p kept / (1 - dropout), and D = rowsum(grad_out * out) - grad_lse:
+// Gradients of attention. With p = exp(score - lse), w = p kept / (1 - dropout), and D = rowsum(grad_out * out) -
+// grad_lse:
 //   grad_v = w^T grad_out          g = p (kept / (1 - dropout) (grad_out . v) - D)       grad_mask = g
-//   z = g * d(score)/d(scale q.k)  grad_q = scale z k     grad_k = scale z^T q           grad_sink = -sum exp(sink - lse) D
-// Probabilities are computed again from lse, so memory stays linear in the sequence length (FlashAttention-2, Dao 2023).
+//   z = g * d(score)/d(scale q.k)  grad_q = scale z k     grad_k = scale z^T q           grad_sink = -sum exp(sink -
+//   lse) D
+// Probabilities are computed again from lse, so memory stays linear in the sequence length (FlashAttention-2, Dao
+// 2023).
 //
-// The work is cut into tiles of up to kRowBlock rows by a block of keys. There are two schedules: one pass in which a task
-// is a key/value head and makes everything (5 products a tile), and, where there are too few heads for the threads, two
-// passes, over blocks of keys for grad_k and grad_v and over blocks of rows for grad_q (7 products a tile). Tiles, and
-// the order in which they are added, are the same in both, so the results are bitwise equal.
+// The work is cut into tiles of up to kRowBlock rows by a block of keys. There are two schedules: one pass in which a
+// task is a key/value head and makes everything (5 products a tile), and, where there are too few heads for the
+// threads, two passes, over blocks of keys for grad_k and grad_v and over blocks of rows for grad_q (7 products a
+// tile). Tiles, and the order in which they are added, are the same in both, so the results are bitwise equal.
 #include "ops/_attention.h"
 
 namespace isotile::ISOTILE_ISA {
@@ -72,10 +75,10 @@ struct BackwardTask {
   W *k_natural, *k_rows, *kt, *v_natural, *vt;  // the block of keys
   W *q_natural, *q_rows, *g_natural, *g_rows;   // the block of rows; g is grad_out
   W *q_cleaned, *g_cleaned;
-  const W *k_operand, *q_operand, *g_operand;   // as the right-hand side of a product, finite
-  A *score, *grad, *keep, *slope;               // one strip of six rows
-  W *weights, *z_rows, *z_strip;                // w and z: all rows (in pairs), z of the strip
-  A *grad_k, *grad_v;                           // accumulators of the block of keys
+  const W *k_operand, *q_operand, *g_operand;  // as the right-hand side of a product, finite
+  A *score, *grad, *keep, *slope;              // one strip of six rows
+  W *weights, *z_rows, *z_strip;               // w and z: all rows (in pairs), z of the strip
+  A *grad_k, *grad_v;                          // accumulators of the block of keys
   Scratch<char> memory;
   Row rows[kRowBlock];
   int64_t keys_from = 0, keys_count = 0, rows_from = 0, rows_count = 0, rows_padded = 0;
@@ -207,8 +210,8 @@ struct BackwardTask {
     const TensorView& view = bp.grad_mask;
     const int nb = p.batch_dims;
     const int64_t stride = view.stride[nb + 2], n = min64(c1, keys_count) - c0;
-    const int64_t offset = batch_offset(view, nb, group.b) + row.head * view.stride[nb] + row.query * view.stride[nb + 1] +
-                           (keys_from + c0) * stride;
+    const int64_t offset = batch_offset(view, nb, group.b) + row.head * view.stride[nb] +
+                           row.query * view.stride[nb + 1] + (keys_from + c0) * stride;
     dispatch_float(view.dtype, [&](auto type) {
       using M = typename decltype(type)::type;
       M* to = static_cast<M*>(view.data) + offset;
@@ -257,8 +260,9 @@ struct BackwardTask {
       place(grad, s, c0, c1, n_padded, z_rows, z_strip);
       if (grad_q && from < to) {
         const W* z = P::kPair == 1 ? z_rows + s * block_row + c0 : z_strip + c0 / P::kPair;
-        tile_rows<T, Start::kAdd>(z, P::kPair == 1 ? block_row : block / 2, 1, k_operand + c0 / P::kPair * d_columns, d_columns,
-                                  (c1 - c0) / P::kPair, d_columns, grad_q + s * d_columns, d_columns, nullptr);
+        tile_rows<T, Start::kAdd>(z, P::kPair == 1 ? block_row : block / 2, 1, k_operand + c0 / P::kPair * d_columns,
+                                  d_columns, (c1 - c0) / P::kPair, d_columns, grad_q + s * d_columns, d_columns,
+                                  nullptr);
         for (int64_t r = s; k_bad.any && r < min64(s + kTileRows, rows_count); ++r) {
           for (int64_t j = from; j < to; ++j) {
             if (visible(p, rows[r], keys_from + j)) k_bad.add(j, weight_at(z_rows, r, j), grad_q + r * d_columns, p.d);
@@ -281,10 +285,10 @@ struct BackwardTask {
   }
 
   // Six keys from j: to += weights^T operand, over words [first, last) of rows.
-  void accumulate_keys(const W* weight, const W* operand, const Outcasts<T>& bad, int64_t columns, int64_t used, int64_t j, int64_t first,
-                       int64_t last, A* to) const {
-    tile_rows<T, Start::kAdd>(weight + first * block_row + j, 1, block_row, operand + first * columns, columns, last - first, columns,
-                              to + j * columns, columns, nullptr);
+  void accumulate_keys(const W* weight, const W* operand, const Outcasts<T>& bad, int64_t columns, int64_t used,
+                       int64_t j, int64_t first, int64_t last, A* to) const {
+    tile_rows<T, Start::kAdd>(weight + first * block_row + j, 1, block_row, operand + first * columns, columns,
+                              last - first, columns, to + j * columns, columns, nullptr);
     if (!bad.any) return;
     for (int64_t r = first * P::kPair; r < min64(last * P::kPair, rows_count); ++r) {
       for (int64_t c = j; c < min64(j + kTileRows, keys_count); ++c) {
@@ -325,8 +329,8 @@ struct BackwardTask {
   }
 
   // Rows [r0, r0 + count) of a gradient from its accumulator.
-  void store_rows(const TensorView& view, const RowSource<T>& to, const A* from, int64_t columns, int64_t used, int64_t r0, int64_t count,
-                  A factor) const {
+  void store_rows(const TensorView& view, const RowSource<T>& to, const A* from, int64_t columns, int64_t used,
+                  int64_t r0, int64_t count, A factor) const {
     if (!view.present()) return;
     const V scale = V::set1(factor);
     for (int64_t r = 0; r < count; ++r) {
@@ -344,8 +348,10 @@ struct BackwardTask {
   }
   void store_keys(int64_t k0) const {
     const int64_t count = min64(block, p.sk - k0);
-    if (bp.grad_k.present()) store_rows(bp.grad_k, group.keys_of<T>(bp.grad_k), grad_k, d_columns, p.d, k0, count, static_cast<A>(p.scale));
-    if (bp.grad_v.present()) store_rows(bp.grad_v, group.keys_of<T>(bp.grad_v), grad_v, v_columns, p.dv, k0, count, A{1});
+    if (bp.grad_k.present())
+      store_rows(bp.grad_k, group.keys_of<T>(bp.grad_k), grad_k, d_columns, p.d, k0, count, static_cast<A>(p.scale));
+    if (bp.grad_v.present())
+      store_rows(bp.grad_v, group.keys_of<T>(bp.grad_v), grad_v, v_columns, p.dv, k0, count, A{1});
   }
   void store_queries(int64_t r0, int64_t count, const A* from) const {
     if (bp.grad_q.present())
@@ -367,7 +373,8 @@ struct BackwardTask {
     const int nb = p.batch_dims;
     for (int64_t r = r0; r < min64(r0 + kRowBlock, p.rows); ++r) {
       const Row row = group.row(r);
-      const int64_t offset = batch_offset(bp.grad_mask, nb, group.b) + row.head * bp.grad_mask.stride[nb] + row.query * bp.grad_mask.stride[nb + 1];
+      const int64_t offset = batch_offset(bp.grad_mask, nb, group.b) + row.head * bp.grad_mask.stride[nb] +
+                             row.query * bp.grad_mask.stride[nb + 1];
       for (int64_t j = k0; j < k1; ++j) set_float(bp.grad_mask, offset + j * bp.grad_mask.stride[nb + 2], 0);
     }
   }

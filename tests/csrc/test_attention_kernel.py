@@ -19,13 +19,17 @@ CODES = {
     torch.int64: 6,
 }  # fmt: skip
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-13}
-OPTIONS = dict(dropout_p=0.0, is_causal=False, scale=1.0, bottom_right=False, window_left=-1, window_right=-1, softcap=0.0)
+OPTIONS = dict(
+    dropout_p=0.0, is_causal=False, scale=1.0, bottom_right=False, window_left=-1, window_right=-1, softcap=0.0
+)
 TENSORS = ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_k", "dropout_seed")
 
 
 if hasattr(_C, "set_parallel"):
     _lib = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
-    _C.set_parallel(*(ctypes.cast(getattr(_lib, n), ctypes.c_void_p).value for n in ("torch_parallel_for", "torch_get_num_threads")))
+    _C.set_parallel(
+        *(ctypes.cast(getattr(_lib, n), ctypes.c_void_p).value for n in ("torch_parallel_for", "torch_get_num_threads"))
+    )
 
 
 def sets():
@@ -54,7 +58,12 @@ def keep_mask(seed, shape, p):
     k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64((seed >> 32) & 0xFFFFFFFF)
     for _ in range(10):
         first, second = np.uint64(0xD2511F53) * x0, np.uint64(0xCD9E8D57) * x2
-        x0, x1, x2, x3 = (second >> np.uint64(32)) ^ x1 ^ k0, second & low32, (first >> np.uint64(32)) ^ x3 ^ k1, first & low32
+        x0, x1, x2, x3 = (
+            (second >> np.uint64(32)) ^ x1 ^ k0,
+            second & low32,
+            (first >> np.uint64(32)) ^ x3 ^ k1,
+            first & low32,
+        )
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low32, (k1 + np.uint64(0xBB67AE85)) & low32
     return torch.from_numpy((x0 >> np.uint64(8)).astype(np.float64) * 2.0**-24 >= p)
 
@@ -107,7 +116,9 @@ def spread(x, how, rng):
     if how == 1:
         order = list(range(x.ndim - 2)) + [x.ndim - 2, x.ndim - 1] if x.ndim > 1 else order
     shape = [x.shape[i] for i in order]
-    store = torch.full([n + 1 if i + 1 == len(shape) and how == 2 else n for i, n in enumerate(shape)], 77, dtype=torch.float64)
+    store = torch.full(
+        [n + 1 if i + 1 == len(shape) and how == 2 else n for i, n in enumerate(shape)], 77, dtype=torch.float64
+    )
     store = store.to(x.dtype)[..., : shape[-1]]
     view = store.permute([order.index(i) for i in range(x.ndim)])
     view.copy_(x)
@@ -118,7 +129,9 @@ def draw(rng, dtype, **fixed):
     b, hk, group = rng.choice([1, 1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 4, 5])
     sq, sk = rng.choice([1, 2, 5, 17, 64, 130, 200]), rng.choice([1, 3, 16, 50, 128, 193, 400])
     d, dv = rng.choice([1, 3, 8, 16, 33, 64, 80, 128]), rng.choice([1, 5, 16, 40, 64, 72])
-    b, hk, group, sq, sk, d, dv = (fixed.pop(n, x) for n, x in zip("b hk group sq sk d dv".split(), (b, hk, group, sq, sk, d, dv)))
+    b, hk, group, sq, sk, d, dv = (
+        fixed.pop(n, x) for n, x in zip("b hk group sq sk d dv".split(), (b, hk, group, sq, sk, d, dv))
+    )
     hq = hk * group
     g = torch.Generator().manual_seed(rng.randrange(2**31))
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
@@ -138,7 +151,11 @@ def draw(rng, dtype, **fixed):
     t["attn_mask"] = mask
     t["sinks"] = normal(hq) if rng.random() < 0.4 else None
     t["alibi_slopes"] = torch.rand(hq, generator=g) * 0.2 if rng.random() < 0.3 else None
-    t["seqlens_k"] = torch.randint(0, sk + 1, (b,), generator=g, dtype=rng.choice([torch.int32, torch.int64])) if rng.random() < 0.4 else None
+    t["seqlens_k"] = (
+        torch.randint(0, sk + 1, (b,), generator=g, dtype=rng.choice([torch.int32, torch.int64]))
+        if rng.random() < 0.4
+        else None
+    )
     t["dropout_seed"] = torch.tensor([rng.randrange(-(2**63), 2**63)])
     o.update({n: x for n, x in fixed.items() if n in OPTIONS})
     t.update({n: x for n, x in fixed.items() if n in TENSORS})
@@ -164,9 +181,16 @@ def forward(isa, t, o, how=0, rng=random):
 def backward(isa, t, o, out, lse, grad_out, grad_lse, how=0, rng=random):
     grads = {n: new(t[n].shape, t[n].dtype, how, rng) for n in ("query", "key", "value")}
     mask = t["attn_mask"]
-    grads["attn_mask"] = new(mask.shape, mask.dtype, how, rng) if mask is not None and mask.is_floating_point() else None
+    grads["attn_mask"] = (
+        new(mask.shape, mask.dtype, how, rng) if mask is not None and mask.is_floating_point() else None
+    )
     grads["sinks"] = new(t["sinks"].shape, t["sinks"].dtype, 0, rng) if t["sinks"] is not None else None
-    run(isa, "attention_backward", [grad_out, grad_lse] + [t[n] for n in TENSORS] + [out, lse] + list(grads.values()), scalars(o))
+    run(
+        isa,
+        "attention_backward",
+        [grad_out, grad_lse] + [t[n] for n in TENSORS] + [out, lse] + list(grads.values()),
+        scalars(o),
+    )
     return grads
 
 
@@ -180,7 +204,9 @@ def close(name, got, want, eps, terms=1e-3):
     ok = want.isfinite()
     size = want[ok].abs().max().item() if ok.any() else 0
     error = (got[ok] - want[ok]).abs().max().item() if ok.any() else 0
-    assert error <= eps * (size + terms), f"{name}: error {error:.3g}, size {size:.3g}, limit {eps * (size + terms):.3g}"
+    assert error <= eps * (size + terms), (
+        f"{name}: error {error:.3g}, size {size:.3g}, limit {eps * (size + terms):.3g}"
+    )
 
 
 def check_case(isa, seed, dtype, gradients, **fixed):
@@ -188,8 +214,13 @@ def check_case(isa, seed, dtype, gradients, **fixed):
     t, o = draw(rng, dtype, **fixed)
     w = wide(t)
     how = rng.choice([0, 1, 2])
-    given = {n: spread(x, how, rng) if n not in ("dropout_seed", "seqlens_k", "sinks", "alibi_slopes") else x for n, x in t.items()}
-    leaves = [n for n in ("query", "key", "value", "attn_mask", "sinks") if w[n] is not None and w[n].is_floating_point()]
+    given = {
+        n: spread(x, how, rng) if n not in ("dropout_seed", "seqlens_k", "sinks", "alibi_slopes") else x
+        for n, x in t.items()
+    }
+    leaves = [
+        n for n in ("query", "key", "value", "attn_mask", "sinks") if w[n] is not None and w[n].is_floating_point()
+    ]
     for n in leaves:
         w[n].requires_grad_(gradients)
     want_out, want_lse = reference(w, o)
@@ -239,7 +270,9 @@ def threads():
 
 @pytest.mark.parametrize("isa", sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [dict(b=1, hk=1, group=2, sq=210, sk=450), dict(b=2, hk=2, group=4, sq=1, sk=1500)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [dict(b=1, hk=1, group=2, sq=210, sk=450), dict(b=2, hk=2, group=4, sq=1, sk=1500)], ids=str
+)
 def test_results_do_not_depend_on_threads_or_batch(isa, dtype, shape, threads):
     for seed in range(4):
         t, o = draw(random.Random(seed), dtype, d=40, dv=24, dropout_p=0.0, **shape)
@@ -253,7 +286,10 @@ def test_results_do_not_depend_on_threads_or_batch(isa, dtype, shape, threads):
             results.append([out, lse, *(x for x in grads.values() if x is not None)])
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-        last = {n: x[-1:] if n in ("query", "key", "value", "attn_mask", "seqlens_k") and x is not None else x for n, x in t.items()}
+        last = {
+            n: x[-1:] if n in ("query", "key", "value", "attn_mask", "seqlens_k") and x is not None else x
+            for n, x in t.items()
+        }
         out, lse = forward(isa, last, o)
         assert torch.equal(out, results[0][0][-1:]) and torch.equal(lse, results[0][1][-1:])
         grads = backward(isa, last, o, out, lse, grad_out[-1:].contiguous(), None)
@@ -292,7 +328,11 @@ def test_hidden_never_leaks(isa, dtype, sq, bad):
         grads2 = backward(isa, t2, o, out2, lse2, g2, None)
         assert torch.equal(grads2["query"][:, :, ::2], grads["query"][:, :, ::2]), where
         if where in ("query", "grad_out"):  # key 20 sees odd rows only; every other key sees them too
-            assert grads2["value"].isfinite().sum() == 0 or where == "query" or not grads2["value"].isfinite().all(-1).any()
+            assert (
+                grads2["value"].isfinite().sum() == 0
+                or where == "query"
+                or not grads2["value"].isfinite().all(-1).any()
+            )
     # rows that see nothing: zero, whatever they hold
     mask[:, :, 1::2] = False
     t["query"] = q.clone()
@@ -325,7 +365,11 @@ def test_many_loop_dims_and_broadcast_strides(isa, dtype):
 @pytest.mark.parametrize("isa", sets())
 @pytest.mark.parametrize("zero", ["b", "sq", "sk", "d", "dv"])
 def test_zero_sizes(isa, zero):
-    t, o = draw(random.Random(5), torch.float32, **(dict(b=2, hk=2, group=2, sq=3, sk=9, d=8, dv=5, window_left=-1, window_right=-1) | {zero: 0}))
+    t, o = draw(
+        random.Random(5),
+        torch.float32,
+        **(dict(b=2, hk=2, group=2, sq=3, sk=9, d=8, dv=5, window_left=-1, window_right=-1) | {zero: 0}),
+    )
     t.update(attn_mask=None, sinks=None, seqlens_k=None)
     w = wide(t)
     out, lse = forward(isa, t, o)
@@ -341,7 +385,20 @@ def test_zero_sizes(isa, zero):
 def test_large_head_dims(isa):
     for d, dv in ((512, 512), (640, 96), (100, 777)):
         for dtype in (torch.float32, torch.bfloat16):
-            t, o = draw(random.Random(d), dtype, b=1, hk=1, group=1, sq=70, sk=260, d=d, dv=dv, scale=d**-0.5, attn_mask=None, dropout_p=0.0)
+            t, o = draw(
+                random.Random(d),
+                dtype,
+                b=1,
+                hk=1,
+                group=1,
+                sq=70,
+                sk=260,
+                d=d,
+                dv=dv,
+                scale=d**-0.5,
+                attn_mask=None,
+                dropout_p=0.0,
+            )
             w = wide(t)
             out, lse = forward(isa, t, o)
             close("out", out, reference(w, o)[0], 4 * EPS[dtype])
