@@ -33,7 +33,7 @@ ANY_MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
 
 
 def cases():
-    """(op, label, views by name, scalars, which launches must show matrix instructions) for shapes worth a table row."""
+    """(op, label, views by name, scalars) for the shapes worth a row of the table."""
     sys.path.insert(0, str(ROOT / "tests" / "triton"))
     import torch
     from _load import backend
@@ -50,16 +50,33 @@ def cases():
 
     for n in (768, 4096, 8192, 16384, 50257):
         x = v(4096, n)
-        yield "rms_norm", f"bf16 4096x{n}", dict(x=x, weight=v(n), y=v(4096, n)), {}
-        yield ("layer_norm", f"bf16 4096x{n} residual",
-               dict(x=x, weight=v(n), bias=v(n), residual=v(4096, n), y=v(4096, n), sum=v(4096, n)), {})
-        yield "softmax", f"bf16 4096x{n}", dict(x=x, y=v(4096, n)), {}
-        yield "softmax_backward", f"bf16 4096x{n}", dict(grad=x, y=v(4096, n), grad_x=v(4096, n)), {}
-        yield ("layer_norm_backward", f"bf16 4096x{n}",
-               dict(grad=x, x=v(4096, n), weight=v(n), grad_x=v(4096, n), grad_weight=v(n), grad_bias=v(n)), {})
-        yield ("rms_norm_backward", f"bf16 4096x{n}",
-               dict(grad=x, x=v(4096, n), weight=v(n), grad_x=v(4096, n), grad_weight=v(n)), {})
-    yield "rms_norm", "f32 4096x4096", dict(x=v(4096, 4096, dtype=f32), weight=v(4096), y=v(4096, 4096, dtype=f32)), {}
+        yield "rms_norm", f"bf16 4096x{n}", {"x": x, "weight": v(n), "y": v(4096, n)}, {}
+        yield (
+            "layer_norm",
+            f"bf16 4096x{n} residual",
+            {"x": x, "weight": v(n), "bias": v(n), "residual": v(4096, n), "y": v(4096, n), "sum": v(4096, n)},
+            {},
+        )
+        yield "softmax", f"bf16 4096x{n}", {"x": x, "y": v(4096, n)}, {}
+        yield "softmax_backward", f"bf16 4096x{n}", {"grad": x, "y": v(4096, n), "grad_x": v(4096, n)}, {}
+        yield (
+            "layer_norm_backward",
+            f"bf16 4096x{n}",
+            {"grad": x, "x": v(4096, n), "weight": v(n), "grad_x": v(4096, n), "grad_weight": v(n), "grad_bias": v(n)},
+            {},
+        )
+        yield (
+            "rms_norm_backward",
+            f"bf16 4096x{n}",
+            {"grad": x, "x": v(4096, n), "weight": v(n), "grad_x": v(4096, n), "grad_weight": v(n)},
+            {},
+        )
+    yield (
+        "rms_norm",
+        "f32 4096x4096",
+        {"x": v(4096, 4096, dtype=f32), "weight": v(4096), "y": v(4096, 4096, dtype=f32)},
+        {},
+    )
     yield from matmul_cases(v, bf16, f16, f32, i32)
     yield from attention_cases(v, bf16, f16, f32, i32, i64)
 
@@ -68,66 +85,151 @@ def matmul_cases(v, bf16, f16, f32, i32):
     def t(*shape, dtype=bf16):  # the last two dimensions stored transposed
         return v(*shape, dtype=dtype, strides=(1, shape[-2]))
 
-    for m, n, k in ((8192, 8192, 8192), (4096, 4096, 4096), (1024, 1024, 1024), (256, 4096, 4096), (64, 14336, 4096),
-                    (16, 4096, 4096), (1, 4096, 4096), (4095, 4097, 4111), (1000, 1000, 1000)):
-        yield "matmul", f"bf16 {m}x{n}x{k} linear", dict(a=v(m, k), b=t(k, n), y=v(m, n)), {}
+    for m, n, k in (
+        (8192, 8192, 8192),
+        (4096, 4096, 4096),
+        (1024, 1024, 1024),
+        (256, 4096, 4096),
+        (64, 14336, 4096),
+        (16, 4096, 4096),
+        (1, 4096, 4096),
+        (4095, 4097, 4111),
+        (1000, 1000, 1000),
+    ):
+        yield "matmul", f"bf16 {m}x{n}x{k} linear", {"a": v(m, k), "b": t(k, n), "y": v(m, n)}, {}
     for m, n, k in ((4096, 4096, 4096), (16, 4096, 4096)):
-        yield ("matmul", f"bf16 {m}x{n}x{k} bias gelu residual preactivation",
-               dict(a=v(m, k), b=v(k, n), bias=v(n), residual=v(m, n), y=v(m, n), preactivation=v(m, n)),
-               {"activation": 2})
-    yield "matmul", "f16 2048^3 a transposed", dict(a=t(2048, 2048, dtype=f16), b=v(2048, 2048, dtype=f16),
-                                                    y=v(2048, 2048, dtype=f16)), {}
+        yield (
+            "matmul",
+            f"bf16 {m}x{n}x{k} bias gelu residual preactivation",
+            {"a": v(m, k), "b": v(k, n), "bias": v(n), "residual": v(m, n), "y": v(m, n), "preactivation": v(m, n)},
+            {"activation": 2},
+        )
+    yield (
+        "matmul",
+        "f16 2048^3 a transposed",
+        {"a": t(2048, 2048, dtype=f16), "b": v(2048, 2048, dtype=f16), "y": v(2048, 2048, dtype=f16)},
+        {},
+    )
     for tf32 in (False, True):
         x = v(2048, 2048, dtype=f32)
-        yield "matmul", f"f32 2048^3 tf32={tf32}", dict(a=x, b=v(2048, 2048, dtype=f32), y=v(2048, 2048, dtype=f32)), {
-            "allow_tf32": tf32}
-    yield "matmul", "bf16 bmm 64x512^3", dict(a=v(64, 512, 512), b=v(64, 512, 512), y=v(64, 512, 512)), {}
-    yield ("matmul_epilogue_backward", "bf16 4096x4096 gelu",
-           dict(grad=v(4096, 4096), preactivation=v(4096, 4096), grad_z=v(4096, 4096)), {"activation": 2})
+        yield (
+            "matmul",
+            f"f32 2048^3 tf32={tf32}",
+            {"a": x, "b": v(2048, 2048, dtype=f32), "y": v(2048, 2048, dtype=f32)},
+            {"allow_tf32": tf32},
+        )
+    yield "matmul", "bf16 bmm 64x512^3", {"a": v(64, 512, 512), "b": v(64, 512, 512), "y": v(64, 512, 512)}, {}
+    yield (
+        "matmul_epilogue_backward",
+        "bf16 4096x4096 gelu",
+        {"grad": v(4096, 4096), "preactivation": v(4096, 4096), "grad_z": v(4096, 4096)},
+        {"activation": 2},
+    )
     offsets = v(16, dtype=i32)
-    yield "grouped_matmul", "bf16 8192x4096x4096 g16", dict(a=v(8192, 4096), b=v(16, 4096, 4096), offsets=offsets,
-                                                           y=v(8192, 4096)), {}
-    yield ("grouped_matmul_backward", "bf16 8192x4096x4096 g16",
-           dict(grad=v(8192, 4096), a=v(8192, 4096), b=v(16, 4096, 4096), offsets=offsets, grad_a=v(8192, 4096),
-                grad_b=v(16, 4096, 4096)), {})
+    yield (
+        "grouped_matmul",
+        "bf16 8192x4096x4096 g16",
+        {"a": v(8192, 4096), "b": v(16, 4096, 4096), "offsets": offsets, "y": v(8192, 4096)},
+        {},
+    )
+    yield (
+        "grouped_matmul_backward",
+        "bf16 8192x4096x4096 g16",
+        {
+            "grad": v(8192, 4096),
+            "a": v(8192, 4096),
+            "b": v(16, 4096, 4096),
+            "offsets": offsets,
+            "grad_a": v(8192, 4096),
+            "grad_b": v(16, 4096, 4096),
+        },
+        {},
+    )
 
 
 def attention_cases(v, bf16, f16, f32, i32, i64):
-    plain = dict(dropout_p=0.0, is_causal=0, scale=0.125, bottom_right=0, window_left=-1, window_right=-1, softcap=0.0)
+    plain = {
+        "dropout_p": 0.0,
+        "is_causal": 0,
+        "scale": 0.125,
+        "bottom_right": 0,
+        "window_left": -1,
+        "window_right": -1,
+        "softcap": 0.0,
+    }
 
     def tensors(b, hq, hk, sq, sk, d, dv=None, dtype=bf16, **extra):
         dv = dv or d
-        return dict(query=v(b, hq, sq, d, dtype=dtype), key=v(b, hk, sk, d, dtype=dtype),
-                    value=v(b, hk, sk, dv, dtype=dtype), out=v(b, hq, sq, dv, dtype=dtype), lse=v(b, hq, sq, dtype=f32),
-                    **extra)
+        return dict(
+            query=v(b, hq, sq, d, dtype=dtype),
+            key=v(b, hk, sk, d, dtype=dtype),
+            value=v(b, hk, sk, dv, dtype=dtype),
+            out=v(b, hq, sq, dv, dtype=dtype),
+            lse=v(b, hq, sq, dtype=f32),
+            **extra,
+        )
 
     def backward(forward):
         query, key, value = forward["query"], forward["key"], forward["value"]
-        return dict(grad_out=v(*forward["out"].shape, dtype=query.dtype), **forward,
-                    grad_query=v(*query.shape, dtype=query.dtype), grad_key=v(*key.shape, dtype=query.dtype),
-                    grad_value=v(*value.shape, dtype=query.dtype))
+        return dict(
+            grad_out=v(*forward["out"].shape, dtype=query.dtype),
+            **forward,
+            grad_query=v(*query.shape, dtype=query.dtype),
+            grad_key=v(*key.shape, dtype=query.dtype),
+            grad_value=v(*value.shape, dtype=query.dtype),
+        )
 
-    shapes = [("h32 s4096 d128", tensors(2, 32, 32, 4096, 4096, 128)), ("h16 s1024 d64", tensors(16, 16, 16, 1024, 1024, 64)),
-              ("h32/8 s2048 d128", tensors(4, 32, 8, 2048, 2048, 128)), ("h16 s8192 d256", tensors(1, 16, 16, 8192, 8192, 256)),
-              ("h8 s1000 d96", tensors(2, 8, 8, 1000, 1000, 96)), ("h4 s512 d512", tensors(1, 4, 4, 512, 512, 512)),
-              ("h8 s512 d64 f32", tensors(1, 8, 8, 512, 512, 64, dtype=f32))]
+    shapes = [
+        ("h32 s4096 d128", tensors(2, 32, 32, 4096, 4096, 128)),
+        ("h16 s1024 d64", tensors(16, 16, 16, 1024, 1024, 64)),
+        ("h32/8 s2048 d128", tensors(4, 32, 8, 2048, 2048, 128)),
+        ("h16 s8192 d256", tensors(1, 16, 16, 8192, 8192, 256)),
+        ("h8 s1000 d96", tensors(2, 8, 8, 1000, 1000, 96)),
+        ("h4 s512 d512", tensors(1, 4, 4, 512, 512, 512)),
+        ("h8 s512 d64 f32", tensors(1, 8, 8, 512, 512, 64, dtype=f32)),
+    ]
     for label, t in shapes:
         for causal in (0, 1):
             yield "attention", f"{label} causal={causal}", t, {**plain, "is_causal": causal}
             yield "attention_backward", f"{label} causal={causal}", backward(t), {**plain, "is_causal": causal}
-    full = tensors(2, 8, 4, 500, 700, 128, dv=64, attn_mask=v(2, 8, 500, 700, dtype=f32), sinks=v(8, dtype=f32),
-                   alibi_slopes=v(8, dtype=f32), seqlens_k=v(2, dtype=i32), dropout_seed=v(1, dtype=i64))
+    full = tensors(
+        2,
+        8,
+        4,
+        500,
+        700,
+        128,
+        dv=64,
+        attn_mask=v(2, 8, 500, 700, dtype=f32),
+        sinks=v(8, dtype=f32),
+        alibi_slopes=v(8, dtype=f32),
+        seqlens_k=v(2, dtype=i32),
+        dropout_seed=v(1, dtype=i64),
+    )
     every = {**plain, "dropout_p": 0.1, "is_causal": 1, "bottom_right": 1, "window_left": 100, "softcap": 30.0}
     yield "attention", "every option", full, every
-    yield ("attention_backward", "every option",
-           {**backward(full), "grad_lse": v(2, 8, 500, dtype=f32), "grad_attn_mask": v(2, 8, 500, 700, dtype=f32),
-            "grad_sinks": v(8, dtype=f32)}, every)
+    yield (
+        "attention_backward",
+        "every option",
+        {
+            **backward(full),
+            "grad_lse": v(2, 8, 500, dtype=f32),
+            "grad_attn_mask": v(2, 8, 500, 700, dtype=f32),
+            "grad_sinks": v(8, dtype=f32),
+        },
+        every,
+    )
     for b, hq, hk, sk in ((64, 32, 8, 4096), (1, 32, 8, 8192), (16, 32, 32, 2048)):
         yield "attention", f"decode b{b} h{hq}/{hk} kv{sk} d128", tensors(b, hq, hk, 1, sk, 128), plain
 
 
-PLAIN_KERNELS = ("matmul_combine_kernel", "copy_rows_kernel", "sum_partials_kernel", "attention_combine_kernel",
-                 "attention_delta_kernel")
+PLAIN_KERNELS = (
+    "matmul_combine_kernel",
+    "copy_rows_kernel",
+    "sum_partials_kernel",
+    "attention_combine_kernel",
+    "attention_delta_kernel",
+)
 MATRIX_OPS = ("matmul", "grouped_matmul", "grouped_matmul_backward", "attention", "attention_backward")
 
 
@@ -139,8 +241,11 @@ def resources(compiled, kind):
         def read(name):
             return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
 
-        return {"registers": read("vgpr_count"), "spill": read("vgpr_spill_count") * 4,
-                "matrix": {"v_mfma": count} if (count := len(re.findall(r"\bv_mfma\w+", text))) else {}}
+        return {
+            "registers": read("vgpr_count"),
+            "spill": read("vgpr_spill_count") * 4,
+            "matrix": {"v_mfma": count} if (count := len(re.findall(r"\bv_mfma\w+", text))) else {},
+        }
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -150,8 +255,11 @@ def resources(compiled, kind):
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
     usage = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     ptx = compiled.asm["ptx"]
-    return {"registers": usage.get("REG"), "spill": usage.get("STACK", 0) + usage.get("LOCAL", 0),
-            "matrix": {name: ptx.count(name) for name in ANY_MATRIX if name in ptx}}
+    return {
+        "registers": usage.get("REG"),
+        "spill": usage.get("STACK", 0) + usage.get("LOCAL", 0),
+        "matrix": {name: ptx.count(name) for name in ANY_MATRIX if name in ptx},
+    }
 
 
 def compile_target(name, ops, wanted, shard):
@@ -174,15 +282,23 @@ def compile_target(name, ops, wanted, shard):
             continue
         for launch in module.prepare(**views, **scalars):
             began = time.monotonic()
-            row = {"target": name, "op": op, "case": label, "kernel": launch.kernel.__name__,
-                   "config": {k: val for k, val in launch.meta.items() if isinstance(val, int) and val > 1}}
+            row = {
+                "target": name,
+                "op": op,
+                "case": label,
+                "kernel": launch.kernel.__name__,
+                "config": {k: val for k, val in launch.meta.items() if isinstance(val, int) and val > 1},
+            }
             try:
                 compiled = launch_module.compile_launch(launch)
             except Exception as error:  # the row is the report; every failure is counted by the parent
                 row["error"] = f"{type(error).__name__}: {str(error)[-300:]}"
             else:
-                row.update(resources(compiled, kind), shared=compiled.metadata.shared,
-                           seconds=round(time.monotonic() - began, 2))
+                row.update(
+                    resources(compiled, kind),
+                    shared=compiled.metadata.shared,
+                    seconds=round(time.monotonic() - began, 2),
+                )
                 if compiled.metadata.shared > limit:
                     row["error"] = f"{compiled.metadata.shared} bytes of shared memory, {name} has {limit}"
             print(json.dumps(row), flush=True)
@@ -204,9 +320,12 @@ def verdict(row):
 
 def report(row):
     row["verdict"] = verdict(row)
-    print(f"{row['target']:7} {row['op']:24} {row['case'][:44]:44} {row.get('kernel', '')[:34]:34} "
-          f"{row.get('registers') or '':>4} {row.get('spill', ''):>5} {row.get('shared', ''):>7} "
-          f"{row.get('seconds', ''):>6} {json.dumps(row.get('matrix', {}))} {row['verdict'] or ''}", flush=True)
+    print(
+        f"{row['target']:7} {row['op']:24} {row['case'][:44]:44} {row.get('kernel', '')[:34]:34} "
+        f"{row.get('registers') or '':>4} {row.get('spill', ''):>5} {row.get('shared', ''):>7} "
+        f"{row.get('seconds', ''):>6} {json.dumps(row.get('matrix', {}))} {row['verdict'] or ''}",
+        flush=True,
+    )
     return row
 
 

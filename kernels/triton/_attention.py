@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -19,9 +20,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def scores(raw, query, key, keys, sq, offset, mask_base, slope, scale, softcap, left, right, mask_query_stride,
-           mask_key_stride, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-           HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, WIDE: tl.constexpr):
+def scores(
+    raw,
+    query,
+    key,
+    keys,
+    sq,
+    offset,
+    mask_base,
+    slope,
+    scale,
+    softcap,
+    left,
+    right,
+    mask_query_stride,
+    mask_key_stride,
+    MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Scores in units of log 2, hidden ones -inf, and the derivative of the softcap (1.0 without).
 
     MASKED: some index rule (length, causal, window) may hide part of this tile. A mask tensor may hide in any tile.
@@ -69,8 +89,9 @@ def kept(seed_ptr, query, key, head, threshold):
 
 
 @triton.jit
-def key_range(first, last, keys, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-              BLOCK: tl.constexpr):
+def key_range(
+    first, last, keys, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK: tl.constexpr
+):
     """Keys that queries first..last can see: (start, first whole, end of whole, end); starts are multiples of BLOCK.
 
     Blocks between the middle two are visible to every one of these queries.
@@ -92,8 +113,9 @@ def key_range(first, last, keys, offset, left, right, HAS_LEFT: tl.constexpr, HA
 
 
 @triton.jit
-def query_range(first, last, keys, sq, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                BLOCK: tl.constexpr):
+def query_range(
+    first, last, keys, sq, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK: tl.constexpr
+):
     """Queries that can see keys first..last, as key_range. Nothing is whole if some key is beyond the length."""
     start = 0
     end = sq
@@ -162,22 +184,35 @@ class Options:
         limit = sq + sk + 1  # wider windows hide nothing; keeps the index arithmetic in 32 bits
         has_left, has_right = 0 <= left < limit, 0 <= right < limit
         keep = 1.0 - float(dropout_p)
-        return cls(float(scale), float(softcap), left if has_left else 0, right if has_right else 0, has_left,
-                   has_right, bool(bottom_right), float(dropout_p) > 0, math.ceil(float(dropout_p) * 2**24),
-                   1.0 / keep if keep > 0 else 0.0)
+        return cls(
+            float(scale),
+            float(softcap),
+            left if has_left else 0,
+            right if has_right else 0,
+            has_left,
+            has_right,
+            bool(bottom_right),
+            float(dropout_p) > 0,
+            math.ceil(float(dropout_p) * 2**24),
+            1.0 / keep if keep > 0 else 0.0,
+        )
 
 
 def walk(views, core):
     """Loop sizes padded to three and the full strides (loops, then core dims) of each view; zeros for absent ones."""
     sizes, strides = loops(views, core)
-    return sizes, [s + (tuple(v.strides[len(v.strides) - c:]) if v is not None else (0,) * c)
-                   for v, s, c in zip(views, strides, core)]
+    return sizes, [
+        s + (tuple(v.strides[len(v.strides) - c :]) if v is not None else (0,) * c)
+        for v, s, c in zip(views, strides, core, strict=True)
+    ]
 
 
 def spans_wide(*pairs):
     """True if an offset inside one head can exceed 32 bits; pairs of (sizes, strides)."""
-    return any(sum((size - 1) * abs(stride) for size, stride in zip(sizes, strides)) >= 2**31 - 2**24
-               for sizes, strides in pairs)
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(sizes, strides, strict=True)) >= 2**31 - 2**24
+        for sizes, strides in pairs
+    )
 
 
 def block_d(d):
@@ -207,5 +242,3 @@ def refuse(query, key, value, others):
     if reason is None and max(query.shape[-2], key.shape[-2]) >= 2**30:
         reason = "more than 2**30 queries or keys in one head"
     return reason
-
-

@@ -1,6 +1,7 @@
 """Host side of the kernels: merging loop dimensions, checks that all kernels share, and where they will run."""
 
 import torch
+
 import triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,13 +53,13 @@ def merge_loops(sizes, strides):
         if size == 1:
             continue
         steps = [s[d] for s in strides]
-        if kept and all(outer[-1] == step * size for outer, step in zip(kept_strides, steps)):
+        if kept and all(outer[-1] == step * size for outer, step in zip(kept_strides, steps, strict=True)):
             kept[-1] *= size
-            for outer, step in zip(kept_strides, steps):
+            for outer, step in zip(kept_strides, steps, strict=True):
                 outer[-1] = step
         else:
             kept.append(size)
-            for outer, step in zip(kept_strides, steps):
+            for outer, step in zip(kept_strides, steps, strict=True):
                 outer.append(step)
     return tuple(kept), [tuple(s) for s in kept_strides]
 
@@ -68,7 +69,7 @@ def loops(views, core):
 
     Absent views give zero strides. Raises if more than MAX_LOOPS remain; `refuse_loops` tells beforehand.
     """
-    present = [(v, c) for v, c in zip(views, core) if v is not None]
+    present = [(v, c) for v, c in zip(views, core, strict=True) if v is not None]
     sizes = present[0][0].shape[: len(present[0][0].shape) - present[0][1]]
     merged, strides = merge_loops(sizes, [v.strides[: len(sizes)] for v, _ in present])
     if len(merged) > MAX_LOOPS:
@@ -79,7 +80,7 @@ def loops(views, core):
 
 
 def refuse_loops(views, core):
-    present = [(v, c) for v, c in zip(views, core) if v is not None]
+    present = [(v, c) for v, c in zip(views, core, strict=True) if v is not None]
     sizes = present[0][0].shape[: len(present[0][0].shape) - present[0][1]]
     if 0 in sizes:
         return None

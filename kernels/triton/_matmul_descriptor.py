@@ -7,6 +7,7 @@ product is large enough to pay for it (a misaligned operand costs the pointer ke
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -16,12 +17,36 @@ from ._tiles import loop_offset, store_epilogue, tile_position
 
 
 @triton.jit
-def matmul_descriptor_kernel(a_desc, b_desc, bias_ptr, residual_ptr, y_ptr, preactivation_ptr, residual_strides,
-                             y_strides, preactivation_strides, bias_stride, sizes, batch, m, n, k, a_rows, b_rows,
-                             ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-                             A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-                             PROGRAMS: tl.constexpr, HALVES: tl.constexpr):
+def matmul_descriptor_kernel(
+    a_desc,
+    b_desc,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    preactivation_ptr,
+    residual_strides,
+    y_strides,
+    preactivation_strides,
+    bias_stride,
+    sizes,
+    batch,
+    m,
+    n,
+    k,
+    a_rows,
+    b_rows,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HALVES: tl.constexpr,
+):
     """a_rows, b_rows: rows of the stacked matrices that one matrix of the batch takes (0: shared)."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     each = tiles_m * tiles_n
@@ -53,29 +78,90 @@ def matmul_descriptor_kernel(a_desc, b_desc, bias_ptr, residual_ptr, y_ptr, prea
             # half of the columns at a time, so that the epilogue needs half of the registers
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
             cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-            store_epilogue(left, bias_ptr, residual_base, y_base, preactivation_base, residual_strides, y_strides,
-                           preactivation_strides, bias_stride, rows, cols, m, n, ACTIVATION, WIDE)
-            store_epilogue(right, bias_ptr, residual_base, y_base, preactivation_base, residual_strides, y_strides,
-                           preactivation_strides, bias_stride, rows, cols + BLOCK_N // 2, m, n, ACTIVATION, WIDE)
+            store_epilogue(
+                left,
+                bias_ptr,
+                residual_base,
+                y_base,
+                preactivation_base,
+                residual_strides,
+                y_strides,
+                preactivation_strides,
+                bias_stride,
+                rows,
+                cols,
+                m,
+                n,
+                ACTIVATION,
+                WIDE,
+            )
+            store_epilogue(
+                right,
+                bias_ptr,
+                residual_base,
+                y_base,
+                preactivation_base,
+                residual_strides,
+                y_strides,
+                preactivation_strides,
+                bias_stride,
+                rows,
+                cols + BLOCK_N // 2,
+                m,
+                n,
+                ACTIVATION,
+                WIDE,
+            )
         else:
             cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            store_epilogue(acc, bias_ptr, residual_base, y_base, preactivation_base, residual_strides, y_strides,
-                           preactivation_strides, bias_stride, rows, cols, m, n, ACTIVATION, WIDE)
+            store_epilogue(
+                acc,
+                bias_ptr,
+                residual_base,
+                y_base,
+                preactivation_base,
+                residual_strides,
+                y_strides,
+                preactivation_strides,
+                bias_stride,
+                rows,
+                cols,
+                m,
+                n,
+                ACTIVATION,
+                WIDE,
+            )
 
 
 @triton.jit
-def copy_rows_kernel(source_ptr, target_ptr, row_stride, col_stride, rows, cols, target_stride, BLOCK_R: tl.constexpr,
-                     BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+def copy_rows_kernel(
+    source_ptr,
+    target_ptr,
+    row_stride,
+    col_stride,
+    rows,
+    cols,
+    target_stride,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """target[r, c] = source[r, c], the target's rows padded to target_stride with zeros."""
     tiles = tl.cdiv(target_stride, BLOCK_C)
     r = (tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     r_at = r.to(tl.int64) if WIDE else r
     c_at = c.to(tl.int64) if WIDE else c
-    x = tl.load(source_ptr + r_at[:, None] * row_stride + c_at[None, :] * col_stride,
-                mask=(r < rows)[:, None] & (c < cols)[None, :], other=0.0)
-    tl.store(target_ptr + r_at[:, None] * target_stride + c[None, :], x,
-             mask=(r < rows)[:, None] & (c < target_stride)[None, :])
+    x = tl.load(
+        source_ptr + r_at[:, None] * row_stride + c_at[None, :] * col_stride,
+        mask=(r < rows)[:, None] & (c < cols)[None, :],
+        other=0.0,
+    )
+    tl.store(
+        target_ptr + r_at[:, None] * target_stride + c[None, :],
+        x,
+        mask=(r < rows)[:, None] & (c < target_stride)[None, :],
+    )
 
 
 def stacked(view, strides, sizes, rows, cols, shared):
@@ -84,9 +170,11 @@ def stacked(view, strides, sizes, rows, cols, shared):
     `strides`: three loop strides, then row and column. Matrices of the batch stand below one another.
     """
     item = view.dtype.itemsize
-    for transposed, r, c, step, unit in ((False, rows, cols, strides[3], strides[4]),
-                                         (True, cols, rows, strides[4], strides[3])):
-        if c > 1 and unit != 1 or step * item % 16 or step < c:
+    for transposed, r, c, step, unit in (
+        (False, rows, cols, strides[3], strides[4]),
+        (True, cols, rows, strides[4], strides[3]),
+    ):
+        if (c > 1 and unit != 1) or step * item % 16 or step < c:
             continue
         if shared:
             return transposed, step, r, 0
@@ -95,8 +183,9 @@ def stacked(view, strides, sizes, rows, cols, shared):
     return None
 
 
-def launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, activation, tf32, meta, plain,
-             forced):
+def launches(
+    a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, activation, tf32, meta, plain, forced
+):
     kind, arch = architecture()
     hardware = kind == "cuda" and arch in (90, 100, 103, 120)
     if not (hardware or (forced and kind == "interpreter")) or k == 0:
@@ -111,7 +200,7 @@ def launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, stri
         shared = batch == 1 or not any(s[:3])
         how = stacked(view, s, sizes, rows, cols, shared)
         if how is None:
-            if batch > 1 or 2 * m * n * k < 2**32 and not forced:
+            if batch > 1 or (2 * m * n * k < 2**32 and not forced):
                 return None
             # copy along the dimension that memory already favours
             transposed = s[3] == 1
@@ -119,10 +208,19 @@ def launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, stri
             step = triton.cdiv(c, 64) * 64
             scratch = Scratch((r, step), view.dtype)
             row_stride, col_stride = (s[4], s[3]) if transposed else (s[3], s[4])
-            padded.append(Launch(copy_rows_kernel, (triton.cdiv(r, 16) * triton.cdiv(step, 256),),
-                                 (view, scratch, row_stride, col_stride, r, c, step),
-                                 {"BLOCK_R": 16, "BLOCK_C": 256, "WIDE": wide((r, max(row_stride, step)), (c, col_stride))
-                                  or r * max(row_stride, step) >= 2**31, "num_warps": 4}))
+            padded.append(
+                Launch(
+                    copy_rows_kernel,
+                    (triton.cdiv(r, 16) * triton.cdiv(step, 256),),
+                    (view, scratch, row_stride, col_stride, r, c, step),
+                    {
+                        "BLOCK_R": 16,
+                        "BLOCK_C": 256,
+                        "WIDE": wide((r, max(row_stride, step)), (c, col_stride)) or r * max(row_stride, step) >= 2**31,
+                        "num_warps": 4,
+                    },
+                )
+            )
             how, view = (transposed, step, r, 0), scratch
         if not how[0] and view is b and how[3] and k % meta["BLOCK_K"]:
             return None  # the tail of k would read the next matrix, times zeros that cannot hide NaN
@@ -138,12 +236,38 @@ def launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, stri
     _, _, residual_strides, y_strides, preactivation_strides = strides
     is_wide = any((m - 1) * s[3] + (n - 1) * s[4] >= 2**31 - 2**20 for s in strides[2:])
     options = {name: meta[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")}
-    main = Launch(matmul_descriptor_kernel, (programs,),
-                  (a_desc, b_desc, bias, residual, y, preactivation, residual_strides, y_strides,
-                   preactivation_strides, bias.strides[0] if bias is not None else 0, sizes, batch, m, n, k, a_each,
-                   b_each),
-                  {"ACTIVATION": activation, "PRECISION": "tf32" if tf32 else "ieee", "WIDE": is_wide,
-                   "A_TRANSPOSED": a_t, "B_TRANSPOSED": b_t, "PROGRAMS": programs,
-                   "HALVES": bm * bn >= 128 * 256, **options},
-                  fallback=tuple(plain))
+    main = Launch(
+        matmul_descriptor_kernel,
+        (programs,),
+        (
+            a_desc,
+            b_desc,
+            bias,
+            residual,
+            y,
+            preactivation,
+            residual_strides,
+            y_strides,
+            preactivation_strides,
+            bias.strides[0] if bias is not None else 0,
+            sizes,
+            batch,
+            m,
+            n,
+            k,
+            a_each,
+            b_each,
+        ),
+        {
+            "ACTIVATION": activation,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "WIDE": is_wide,
+            "A_TRANSPOSED": a_t,
+            "B_TRANSPOSED": b_t,
+            "PROGRAMS": programs,
+            "HALVES": bm * bn >= 128 * 256,
+            **options,
+        },
+        fallback=tuple(plain),
+    )
     return [*padded, main]

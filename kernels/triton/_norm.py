@@ -12,6 +12,7 @@ partial rows in order. No atomics, so the sums are repeatable.
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -37,25 +38,50 @@ def _row_statistics(x, cols, n, eps, CENTER: tl.constexpr, axis: tl.constexpr):
 
 
 @triton.jit
-def norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, x_strides, residual_strides, y_strides,
-                sum_strides, weight_stride, bias_stride, sizes, rows, n, eps, weight_offset, CENTER: tl.constexpr,
-                ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    sum_ptr,
+    x_strides,
+    residual_strides,
+    y_strides,
+    sum_strides,
+    weight_stride,
+    bias_stride,
+    sizes,
+    rows,
+    n,
+    eps,
+    weight_offset,
+    CENTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)
     at = cols.to(tl.int64) if WIDE else cols
     inside = cols < n
     mask = (row < rows)[:, None] & inside[None, :]
-    x_raw = tl.load(x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask,
-                    other=0.0)
+    x_raw = tl.load(
+        x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask, other=0.0
+    )
     x = x_raw.to(tl.float32)
     if residual_ptr is not None:
-        r = tl.load(residual_ptr + loop_offset(row, sizes, residual_strides)[:, None] + at[None, :] *
-                    residual_strides[3], mask=mask, other=0.0)
+        r = tl.load(
+            residual_ptr + loop_offset(row, sizes, residual_strides)[:, None] + at[None, :] * residual_strides[3],
+            mask=mask,
+            other=0.0,
+        )
         x_raw = (x + r.to(tl.float32)).to(x_raw.dtype)
         x = x_raw.to(tl.float32)
     if sum_ptr is not None:
-        tl.store(sum_ptr + loop_offset(row, sizes, sum_strides)[:, None] + at[None, :] * sum_strides[3], x_raw,
-                 mask=mask)
+        tl.store(
+            sum_ptr + loop_offset(row, sizes, sum_strides)[:, None] + at[None, :] * sum_strides[3], x_raw, mask=mask
+        )
     centred, rstd = _row_statistics(x, cols, n, eps, CENTER, 1)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
@@ -63,8 +89,11 @@ def norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, x_str
         y = y * weight[None, :]
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + at * bias_stride, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + loop_offset(row, sizes, y_strides)[:, None] + at[None, :] * y_strides[3],
-             y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        y_ptr + loop_offset(row, sizes, y_strides)[:, None] + at[None, :] * y_strides[3],
+        y.to(y_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -100,9 +129,27 @@ def _wide_statistics(x_row, x_stride, n, eps, CENTER: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def norm_wide_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, x_strides, residual_strides, y_strides,
-                     sum_strides, weight_stride, bias_stride, sizes, n, eps, weight_offset, CENTER: tl.constexpr,
-                     BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def norm_wide_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    sum_ptr,
+    x_strides,
+    residual_strides,
+    y_strides,
+    sum_strides,
+    weight_stride,
+    bias_stride,
+    sizes,
+    n,
+    eps,
+    weight_offset,
+    CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK_N)
     x_row = x_ptr + loop_offset(row, sizes, x_strides)
@@ -138,10 +185,30 @@ def norm_wide_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, 
 
 
 @triton.jit
-def norm_backward_kernel(grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_ptr, weight_partial_ptr, bias_partial_ptr,
-                         grad_strides, grad_sum_strides, x_strides, grad_x_strides, weight_stride, sizes, rows, n, eps,
-                         weight_offset, PARTS: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr,
-                         BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def norm_backward_kernel(
+    grad_ptr,
+    grad_sum_ptr,
+    x_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    weight_partial_ptr,
+    bias_partial_ptr,
+    grad_strides,
+    grad_sum_strides,
+    x_strides,
+    grad_x_strides,
+    weight_stride,
+    sizes,
+    rows,
+    n,
+    eps,
+    weight_offset,
+    PARTS: tl.constexpr,
+    CENTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Each of PARTS programs takes row tiles pid, pid + PARTS, ... and sums their weight gradients."""
     pid = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
@@ -154,10 +221,14 @@ def norm_backward_kernel(grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_ptr, 
     for tile in range(pid, tl.cdiv(rows, ROWS), PARTS):
         row = tile * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask,
-                    other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + loop_offset(row, sizes, grad_strides)[:, None] + at[None, :] * grad_strides[3],
-                       mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(
+            x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask, other=0.0
+        ).to(tl.float32)
+        grad = tl.load(
+            grad_ptr + loop_offset(row, sizes, grad_strides)[:, None] + at[None, :] * grad_strides[3],
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
         centred, rstd = _row_statistics(x, cols, n, eps, CENTER, 1)
         xhat = centred * rstd[:, None]
         if weight_partial_ptr is not None:
@@ -175,10 +246,18 @@ def norm_backward_kernel(grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_ptr, 
                 delta -= (tl.sum(grad, axis=1) / n)[:, None]
             delta *= rstd[:, None]
             if grad_sum_ptr is not None:
-                delta += tl.load(grad_sum_ptr + loop_offset(row, sizes, grad_sum_strides)[:, None] + at[None, :] *
-                                 grad_sum_strides[3], mask=mask, other=0.0).to(tl.float32)
-            tl.store(grad_x_ptr + loop_offset(row, sizes, grad_x_strides)[:, None] + at[None, :] * grad_x_strides[3],
-                     delta.to(grad_x_ptr.dtype.element_ty), mask=mask)
+                delta += tl.load(
+                    grad_sum_ptr
+                    + loop_offset(row, sizes, grad_sum_strides)[:, None]
+                    + at[None, :] * grad_sum_strides[3],
+                    mask=mask,
+                    other=0.0,
+                ).to(tl.float32)
+            tl.store(
+                grad_x_ptr + loop_offset(row, sizes, grad_x_strides)[:, None] + at[None, :] * grad_x_strides[3],
+                delta.to(grad_x_ptr.dtype.element_ty),
+                mask=mask,
+            )
     if weight_partial_ptr is not None:
         tl.store(weight_partial_ptr + pid.to(tl.int64) * n + cols, tl.sum(weight_acc, axis=0), mask=inside)
     if bias_partial_ptr is not None:
@@ -186,9 +265,27 @@ def norm_backward_kernel(grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_ptr, 
 
 
 @triton.jit
-def norm_backward_wide_kernel(grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_ptr, mean_ptr, rstd_ptr, grad_strides,
-                              grad_sum_strides, x_strides, grad_x_strides, weight_stride, sizes, n, eps, weight_offset,
-                              CENTER: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def norm_backward_wide_kernel(
+    grad_ptr,
+    grad_sum_ptr,
+    x_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_strides,
+    grad_sum_strides,
+    x_strides,
+    grad_x_strides,
+    weight_stride,
+    sizes,
+    n,
+    eps,
+    weight_offset,
+    CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """grad_x of one wide row; leaves the row's statistics for the weight gradients."""
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK_N)
@@ -233,9 +330,23 @@ def norm_backward_wide_kernel(grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, grad_x_
 
 
 @triton.jit
-def norm_backward_columns_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_partial_ptr, bias_partial_ptr,
-                                 grad_strides, x_strides, sizes, rows, n, PARTS: tl.constexpr, BLOCK_R: tl.constexpr,
-                                 BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def norm_backward_columns_kernel(
+    grad_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_partial_ptr,
+    bias_partial_ptr,
+    grad_strides,
+    x_strides,
+    sizes,
+    rows,
+    n,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Weight gradients of wide rows: one block of columns and every PARTS-th block of rows."""
     part = tl.program_id(0) % PARTS
     cols = (tl.program_id(0) // PARTS) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -246,13 +357,17 @@ def norm_backward_columns_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_par
     for tile in range(part, tl.cdiv(rows, BLOCK_R), PARTS):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (row < rows)[:, None] & inside[None, :]
-        grad = tl.load(grad_ptr + loop_offset(row, sizes, grad_strides)[:, None] + at[None, :] * grad_strides[3],
-                       mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(
+            grad_ptr + loop_offset(row, sizes, grad_strides)[:, None] + at[None, :] * grad_strides[3],
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
         if weight_partial_ptr is not None:
             mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-            x = tl.load(x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask,
-                        other=0.0).to(tl.float32)
+            x = tl.load(
+                x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask, other=0.0
+            ).to(tl.float32)
             weight_acc += tl.where(mask, grad * ((x - mean[:, None]) * rstd[:, None]), 0.0)
         if bias_partial_ptr is not None:
             bias_acc += grad
@@ -266,8 +381,11 @@ def _tile(n, most, elements):
     """Rows and columns of a register tile for rows of n, and warps for about 16 elements a thread."""
     block_n = next_power(n, 16)
     rows = max(1, min(elements // block_n, 64))
-    return {"ROWS": rows, "BLOCK_N": block_n, "num_warps": max(1, min(16 if block_n < 32768 else 32,
-                                                                    rows * block_n // most))}
+    return {
+        "ROWS": rows,
+        "BLOCK_N": block_n,
+        "num_warps": max(1, min(16 if block_n < 32768 else 32, rows * block_n // most)),
+    }
 
 
 def supports(x, views):
@@ -281,22 +399,31 @@ def forward(center, x, weight, bias, residual, y, sum, eps, weight_offset, confi
     if y.numel() == 0:
         return []
     sizes, strides = loops([x, residual, y, sum], [1, 1, 1, 1])
-    strides = [s + ((v.strides[-1],) if v is not None else (0,)) for s, v in zip(strides, [x, residual, y, sum])]
+    strides = [
+        s + ((v.strides[-1],) if v is not None else (0,)) for s, v in zip(strides, [x, residual, y, sum], strict=True)
+    ]
     rows = product(sizes)
     weight_stride = weight.strides[0] if weight is not None else 0
     bias_stride = bias.strides[0] if bias is not None else 0
     args = (x, residual, weight, bias, y, sum, *strides, weight_stride, bias_stride, sizes)
     is_wide = wide((n, weight_stride), (n, bias_stride), *((n, s[3]) for s in strides))
-    if n <= WHOLE_ROW and next_power(n) * 3 <= n * 5 or n <= CHUNK:
+    if (n <= WHOLE_ROW and next_power(n) * 3 <= n * 5) or n <= CHUNK:
         meta = override(_tile(n, 512, 2048), config)
-        return [Launch(norm_kernel, (triton.cdiv(rows, meta["ROWS"]),), (*args, rows, n, eps, weight_offset),
-                       {"CENTER": center, "WIDE": is_wide, **meta})]
+        return [
+            Launch(
+                norm_kernel,
+                (triton.cdiv(rows, meta["ROWS"]),),
+                (*args, rows, n, eps, weight_offset),
+                {"CENTER": center, "WIDE": is_wide, **meta},
+            )
+        ]
     meta = override({"BLOCK_N": CHUNK, "num_warps": 8}, config)
     if residual is not None and sum is None:
-        sum = Scratch(tuple(sizes) + (n,), x.dtype)
+        sum = Scratch((*tuple(sizes), n), x.dtype)
         args = (*args[:5], sum, *args[6:9], sum.strides, *args[10:])
-    return [Launch(norm_wide_kernel, (rows,), (*args, n, eps, weight_offset),
-                   {"CENTER": center, "WIDE": is_wide, **meta})]
+    return [
+        Launch(norm_wide_kernel, (rows,), (*args, n, eps, weight_offset), {"CENTER": center, "WIDE": is_wide, **meta})
+    ]
 
 
 def backward(center, grad, grad_sum, x, weight, grad_x, grad_weight, grad_bias, eps, weight_offset, config):
@@ -309,7 +436,7 @@ def backward(center, grad, grad_sum, x, weight, grad_x, grad_weight, grad_bias, 
         strides = [(0, 0, 0, 0)] * 4
     else:
         sizes, strides = loops(row_views, [1] * 4)
-        strides = [s + ((v.strides[-1],) if v is not None else (0,)) for s, v in zip(strides, row_views)]
+        strides = [s + ((v.strides[-1],) if v is not None else (0,)) for s, v in zip(strides, row_views, strict=True)]
         rows = product(sizes)
     weight_stride = weight.strides[0] if weight is not None else 0
     is_wide = wide((n, weight_stride), *((n, s[3]) for s in strides))
@@ -325,31 +452,76 @@ def backward(center, grad, grad_sum, x, weight, grad_x, grad_weight, grad_bias, 
     partials = {id(g): Scratch((max(parts, 1), n), torch.float32) for g in wanted}
     weight_partial, bias_partial = partials.get(id(grad_weight)), partials.get(id(grad_bias))
     if rows and whole:
-        launches.append(Launch(norm_backward_kernel, (parts,),
-                               (grad, grad_sum, x, weight, grad_x, weight_partial, bias_partial, *strides,
-                                weight_stride, sizes, rows, n, eps, weight_offset),
-                               {**meta, "PARTS": parts, "CENTER": center, "WIDE": is_wide}))
+        launches.append(
+            Launch(
+                norm_backward_kernel,
+                (parts,),
+                (
+                    grad,
+                    grad_sum,
+                    x,
+                    weight,
+                    grad_x,
+                    weight_partial,
+                    bias_partial,
+                    *strides,
+                    weight_stride,
+                    sizes,
+                    rows,
+                    n,
+                    eps,
+                    weight_offset,
+                ),
+                {**meta, "PARTS": parts, "CENTER": center, "WIDE": is_wide},
+            )
+        )
     elif rows:
         statistics = [Scratch((rows,), torch.float32) if grad_weight is not None else None for _ in range(2)]
         if grad_x is not None or grad_weight is not None:
-            launches.append(Launch(norm_backward_wide_kernel, (rows,),
-                                   (grad, grad_sum, x, weight, grad_x, *statistics, *strides, weight_stride, sizes, n,
-                                    eps, weight_offset),
-                                   {"CENTER": center, "WIDE": is_wide, "BLOCK_N": meta["BLOCK_N"],
-                                    "num_warps": meta["num_warps"]}))
+            launches.append(
+                Launch(
+                    norm_backward_wide_kernel,
+                    (rows,),
+                    (
+                        grad,
+                        grad_sum,
+                        x,
+                        weight,
+                        grad_x,
+                        *statistics,
+                        *strides,
+                        weight_stride,
+                        sizes,
+                        n,
+                        eps,
+                        weight_offset,
+                    ),
+                    {"CENTER": center, "WIDE": is_wide, "BLOCK_N": meta["BLOCK_N"], "num_warps": meta["num_warps"]},
+                )
+            )
         if wanted:
-            launches.append(Launch(norm_backward_columns_kernel, (parts * triton.cdiv(n, meta["BLOCK_C"]),),
-                                   (grad, x, *statistics, weight_partial, bias_partial, strides[0], strides[2], sizes,
-                                    rows, n),
-                                   {"PARTS": parts, "BLOCK_R": meta["BLOCK_R"], "BLOCK_N": meta["BLOCK_C"],
-                                    "WIDE": is_wide, "num_warps": 4}))
-    for out in wanted:
-        launches.append(sum_partials(partials[id(out)], out, parts if rows else 0, n))
-    return launches
+            launches.append(
+                Launch(
+                    norm_backward_columns_kernel,
+                    (parts * triton.cdiv(n, meta["BLOCK_C"]),),
+                    (grad, x, *statistics, weight_partial, bias_partial, strides[0], strides[2], sizes, rows, n),
+                    {
+                        "PARTS": parts,
+                        "BLOCK_R": meta["BLOCK_R"],
+                        "BLOCK_N": meta["BLOCK_C"],
+                        "WIDE": is_wide,
+                        "num_warps": 4,
+                    },
+                )
+            )
+    return launches + [sum_partials(partials[id(out)], out, parts if rows else 0, n) for out in wanted]
 
 
 def sum_partials(partial, out, parts, n):
     """The second stage of a column sum: out[c] = sum of partial[:parts, c]."""
-    return Launch(sum_partials_kernel, (triton.cdiv(n, 32),),
-                  (partial, out, parts, n, n, out.strides[0]),
-                  {"BLOCK_P": 32, "BLOCK_N": 32, "WIDE": wide((n, out.strides[0])), "num_warps": 4})
+    return Launch(
+        sum_partials_kernel,
+        (triton.cdiv(n, 32),),
+        (partial, out, parts, n, n, out.strides[0]),
+        {"BLOCK_P": 32, "BLOCK_N": 32, "WIDE": wide((n, out.strides[0])), "num_warps": 4},
+    )

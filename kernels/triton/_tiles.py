@@ -82,8 +82,23 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def store_epilogue(acc, bias_ptr, residual_base, y_base, preactivation_base, residual_strides, y_strides,
-                   preactivation_strides, bias_stride, rows, cols, m, n, ACTIVATION: tl.constexpr, WIDE: tl.constexpr):
+def store_epilogue(
+    acc,
+    bias_ptr,
+    residual_base,
+    y_base,
+    preactivation_base,
+    residual_strides,
+    y_strides,
+    preactivation_strides,
+    bias_stride,
+    rows,
+    cols,
+    m,
+    n,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Bias, preactivation, activation, residual, store. The bases point at the matrix of the batch."""
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     row_at = rows.to(tl.int64) if WIDE else rows
@@ -91,14 +106,25 @@ def store_epilogue(acc, bias_ptr, residual_base, y_base, preactivation_base, res
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + col_at * bias_stride, mask=cols < n, other=0.0).to(tl.float32)[None, :]
     if preactivation_base is not None:
-        tl.store(preactivation_base + row_at[:, None] * preactivation_strides[3] + col_at[None, :] *
-                 preactivation_strides[4], acc.to(preactivation_base.dtype.element_ty), mask=mask)
+        tl.store(
+            preactivation_base
+            + row_at[:, None] * preactivation_strides[3]
+            + col_at[None, :] * preactivation_strides[4],
+            acc.to(preactivation_base.dtype.element_ty),
+            mask=mask,
+        )
     acc = activate(acc, ACTIVATION)
     if residual_base is not None:
-        acc += tl.load(residual_base + row_at[:, None] * residual_strides[3] + col_at[None, :] * residual_strides[4],
-                       mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_base + row_at[:, None] * y_strides[3] + col_at[None, :] * y_strides[4],
-             acc.to(y_base.dtype.element_ty), mask=mask)
+        acc += tl.load(
+            residual_base + row_at[:, None] * residual_strides[3] + col_at[None, :] * residual_strides[4],
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
+    tl.store(
+        y_base + row_at[:, None] * y_strides[3] + col_at[None, :] * y_strides[4],
+        acc.to(y_base.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -127,8 +153,17 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def sum_partials_kernel(partial_ptr, out_ptr, parts, n, part_stride, out_stride, BLOCK_P: tl.constexpr,
-                        BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def sum_partials_kernel(
+    partial_ptr,
+    out_ptr,
+    parts,
+    n,
+    part_stride,
+    out_stride,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """out[c] = sum over p of partial[p, c], always in the same order; parts may be 0."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)

@@ -1,4 +1,4 @@
-"""out = softmax(scores) v by online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), lse = log of the denominator.
+"""out = softmax(scores) v by online softmax (Milakov, Gimelshein 2018; Dao et al. 2022), lse = log of its denominator.
 
 A program owns BLOCK_M query rows of one head and walks the keys that they can see in blocks: first those at the left
 edge of the window, then the blocks that every row sees whole, which skip all masking, then the right edge.
@@ -12,24 +12,81 @@ guard against that; if the finished tile holds a NaN it is computed again with v
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
-from ._attention import (LN2, LOG2E, Options, block_d, finite_part, hidden_free, kept, key_range, lookup, refuse, scores,
-                         spans_wide, walk)
+from ._attention import (
+    LN2,
+    LOG2E,
+    Options,
+    block_d,
+    finite_part,
+    hidden_free,
+    kept,
+    key_range,
+    lookup,
+    refuse,
+    scores,
+    spans_wide,
+    walk,
+)
 from ._launch import Descriptor, Launch, Scratch
 from ._layout import architecture, next_power, override, product, read_config, refuse_loops, units
 from ._tiles import loop_offset
 
 
 @triton.jit
-def _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v_strides, mask_base, seed_ptr, query,
-            head_index, slope, start, stop, keys, sq, d, dv, batch_index, key_head, offset, scale, softcap, left, right,
-            threshold, keep_scale, mask_query_stride, mask_key_stride, MASKED: tl.constexpr, SAFE: tl.constexpr,
-            LENGTHS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-            HAS_SLOPES: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-            EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def _attend(
+    acc,
+    total,
+    top,
+    q,
+    k_source,
+    v_source,
+    k_head,
+    v_head,
+    k_strides,
+    v_strides,
+    mask_base,
+    seed_ptr,
+    query,
+    head_index,
+    slope,
+    start,
+    stop,
+    keys,
+    sq,
+    d,
+    dv,
+    batch_index,
+    key_head,
+    offset,
+    scale,
+    softcap,
+    left,
+    right,
+    threshold,
+    keep_scale,
+    mask_query_stride,
+    mask_key_stride,
+    MASKED: tl.constexpr,
+    SAFE: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """One stretch of the walk over keys: updates (acc, total, top)."""
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
@@ -45,9 +102,28 @@ def _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v
             else:
                 k = tl.load(k_at)
         raw = tl.dot(q, k, input_precision=PRECISION)
-        s, _ = scores(raw, query[:, None], key[None, :], keys, sq, offset, mask_base, slope, scale, softcap, left,
-                      right, mask_query_stride, mask_key_stride, MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                      HAS_SLOPES, WIDE)
+        s, _ = scores(
+            raw,
+            query[:, None],
+            key[None, :],
+            keys,
+            sq,
+            offset,
+            mask_base,
+            slope,
+            scale,
+            softcap,
+            left,
+            right,
+            mask_query_stride,
+            mask_key_stride,
+            MASKED,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            WIDE,
+        )
         higher = tl.maximum(top, tl.max(s, axis=1))
         if MASKED or mask_base is not None:
             base = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet: -inf - -inf would be NaN
@@ -78,16 +154,60 @@ def _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v
 
 
 @triton.jit
-def attention_forward_kernel(q_ptr, k_source, v_source, mask_ptr, sinks_ptr, slopes_ptr, lengths_ptr, seed_ptr,
-                             out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_strides, k_strides, v_strides, mask_strides,
-                             out_strides, lse_strides, lengths_strides, sinks_stride, slopes_stride, sizes, heads,
-                             group, sq, sk, d, dv, splits, scale, softcap, left, right, threshold, keep_scale,
-                             HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-                             HAS_SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HIDES: tl.constexpr,
-                             PACK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-                             PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, WIDE: tl.constexpr,
-                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                             BLOCK_V: tl.constexpr):
+def attention_forward_kernel(
+    q_ptr,
+    k_source,
+    v_source,
+    mask_ptr,
+    sinks_ptr,
+    slopes_ptr,
+    lengths_ptr,
+    seed_ptr,
+    out_ptr,
+    lse_ptr,
+    part_ptr,
+    part_lse_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    mask_strides,
+    out_strides,
+    lse_strides,
+    lengths_strides,
+    sinks_stride,
+    slopes_stride,
+    sizes,
+    heads,
+    group,
+    sq,
+    sk,
+    d,
+    dv,
+    splits,
+    scale,
+    softcap,
+    left,
+    right,
+    threshold,
+    keep_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HIDES: tl.constexpr,
+    PACK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     LENGTHS: tl.constexpr = lengths_ptr is not None
     pid = tl.program_id(0)
@@ -130,8 +250,7 @@ def attention_forward_kernel(q_ptr, k_source, v_source, mask_ptr, sinks_ptr, slo
     if EVEN_D:
         q = tl.load(q_at[:, None] + dims[None, :] * q_strides[5], mask=inside[:, None], other=0.0)
     else:
-        q = tl.load(q_at[:, None] + dims[None, :] * q_strides[5], mask=inside[:, None] & (dims < d)[None, :],
-                    other=0.0)
+        q = tl.load(q_at[:, None] + dims[None, :] * q_strides[5], mask=inside[:, None] & (dims < d)[None, :], other=0.0)
     if DESCRIPTORS:
         k_head = 0
         v_head = 0
@@ -149,8 +268,7 @@ def attention_forward_kernel(q_ptr, k_source, v_source, mask_ptr, sinks_ptr, slo
         if PACK:
             slope = slope[:, None]
 
-    start, whole_start, whole_end, end = key_range(first, last, keys, offset, left, right, HAS_LEFT, HAS_RIGHT,
-                                                   BLOCK_N)
+    start, whole_start, whole_end, end = key_range(first, last, keys, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     if SPLIT:
         span = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK_N), splits) * BLOCK_N
         start = start + split * span
@@ -163,43 +281,223 @@ def attention_forward_kernel(q_ptr, k_source, v_source, mask_ptr, sinks_ptr, slo
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if HAS_LEFT:
-        acc, total, top = _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v_strides,
-                                  mask_base, seed_ptr, query, head_index, slope, start, whole_start, keys, sq, d, dv,
-                                  batch, key_head, offset, scale, softcap, left, right, threshold, keep_scale,
-                                  mask_strides[4], mask_strides[5], True, False, LENGTHS, HAS_LEFT, HAS_RIGHT,
-                                  HAS_SOFTCAP, HAS_SLOPES, DROPOUT, DESCRIPTORS, PRECISION, EVEN_D, EVEN_V, WIDE,
-                                  BLOCK_N, BLOCK_D, BLOCK_V)
-    acc, total, top = _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v_strides, mask_base,
-                              seed_ptr, query, head_index, slope, whole_start, whole_end, keys, sq, d, dv, batch,
-                              key_head, offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
-                              mask_strides[5], False, False, LENGTHS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES,
-                              DROPOUT, DESCRIPTORS, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N, BLOCK_D, BLOCK_V)
+        acc, total, top = _attend(
+            acc,
+            total,
+            top,
+            q,
+            k_source,
+            v_source,
+            k_head,
+            v_head,
+            k_strides,
+            v_strides,
+            mask_base,
+            seed_ptr,
+            query,
+            head_index,
+            slope,
+            start,
+            whole_start,
+            keys,
+            sq,
+            d,
+            dv,
+            batch,
+            key_head,
+            offset,
+            scale,
+            softcap,
+            left,
+            right,
+            threshold,
+            keep_scale,
+            mask_strides[4],
+            mask_strides[5],
+            True,
+            False,
+            LENGTHS,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            DROPOUT,
+            DESCRIPTORS,
+            PRECISION,
+            EVEN_D,
+            EVEN_V,
+            WIDE,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+    acc, total, top = _attend(
+        acc,
+        total,
+        top,
+        q,
+        k_source,
+        v_source,
+        k_head,
+        v_head,
+        k_strides,
+        v_strides,
+        mask_base,
+        seed_ptr,
+        query,
+        head_index,
+        slope,
+        whole_start,
+        whole_end,
+        keys,
+        sq,
+        d,
+        dv,
+        batch,
+        key_head,
+        offset,
+        scale,
+        softcap,
+        left,
+        right,
+        threshold,
+        keep_scale,
+        mask_strides[4],
+        mask_strides[5],
+        False,
+        False,
+        LENGTHS,
+        HAS_LEFT,
+        HAS_RIGHT,
+        HAS_SOFTCAP,
+        HAS_SLOPES,
+        DROPOUT,
+        DESCRIPTORS,
+        PRECISION,
+        EVEN_D,
+        EVEN_V,
+        WIDE,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_V,
+    )
     if HIDES:
-        acc, total, top = _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v_strides,
-                                  mask_base, seed_ptr, query, head_index, slope, whole_end, end, keys, sq, d, dv,
-                                  batch, key_head, offset, scale, softcap, left, right, threshold, keep_scale,
-                                  mask_strides[4], mask_strides[5], True, False, LENGTHS, HAS_LEFT, HAS_RIGHT,
-                                  HAS_SOFTCAP, HAS_SLOPES, DROPOUT, DESCRIPTORS, PRECISION, EVEN_D, EVEN_V, WIDE,
-                                  BLOCK_N, BLOCK_D, BLOCK_V)
-    if HAS_LEFT or HAS_RIGHT or mask_ptr is not None:
+        acc, total, top = _attend(
+            acc,
+            total,
+            top,
+            q,
+            k_source,
+            v_source,
+            k_head,
+            v_head,
+            k_strides,
+            v_strides,
+            mask_base,
+            seed_ptr,
+            query,
+            head_index,
+            slope,
+            whole_end,
+            end,
+            keys,
+            sq,
+            d,
+            dv,
+            batch,
+            key_head,
+            offset,
+            scale,
+            softcap,
+            left,
+            right,
+            threshold,
+            keep_scale,
+            mask_strides[4],
+            mask_strides[5],
+            True,
+            False,
+            LENGTHS,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            DROPOUT,
+            DESCRIPTORS,
+            PRECISION,
+            EVEN_D,
+            EVEN_V,
+            WIDE,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+    if HAS_LEFT or HAS_RIGHT or mask_ptr is not None:  # noqa: SIM102  (known when compiled; the next is not)
         if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
             acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            acc, total, top = _attend(acc, total, top, q, k_source, v_source, k_head, v_head, k_strides, v_strides,
-                                      mask_base, seed_ptr, query, head_index, slope, start, end, keys, sq, d, dv,
-                                      batch, key_head, offset, scale, softcap, left, right, threshold, keep_scale,
-                                      mask_strides[4], mask_strides[5], True, True, LENGTHS, HAS_LEFT, HAS_RIGHT,
-                                      HAS_SOFTCAP, HAS_SLOPES, DROPOUT, DESCRIPTORS, PRECISION, EVEN_D, EVEN_V, WIDE,
-                                      BLOCK_N, BLOCK_D, BLOCK_V)
+            acc, total, top = _attend(
+                acc,
+                total,
+                top,
+                q,
+                k_source,
+                v_source,
+                k_head,
+                v_head,
+                k_strides,
+                v_strides,
+                mask_base,
+                seed_ptr,
+                query,
+                head_index,
+                slope,
+                start,
+                end,
+                keys,
+                sq,
+                d,
+                dv,
+                batch,
+                key_head,
+                offset,
+                scale,
+                softcap,
+                left,
+                right,
+                threshold,
+                keep_scale,
+                mask_strides[4],
+                mask_strides[5],
+                True,
+                True,
+                LENGTHS,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                HAS_SLOPES,
+                DROPOUT,
+                DESCRIPTORS,
+                PRECISION,
+                EVEN_D,
+                EVEN_V,
+                WIDE,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_V,
+            )
 
     dims_v = tl.arange(0, BLOCK_V)
     if SPLIT:
         batches = sizes[0] * sizes[1] * sizes[2]
         flat = ((split.to(tl.int64) * batches + batch) * heads + head) * sq + query
         shift = tl.where(total == 0.0, 1.0, total)
-        tl.store(part_ptr + flat[:, None] * dv + dims_v[None, :], acc / shift[:, None],
-                 mask=inside[:, None] & (dims_v < dv)[None, :])
+        tl.store(
+            part_ptr + flat[:, None] * dv + dims_v[None, :],
+            acc / shift[:, None],
+            mask=inside[:, None] & (dims_v < dv)[None, :],
+        )
         tl.store(part_lse_ptr + flat, tl.where(total == 0.0, -float("inf"), top + tl.log2(total)), mask=inside)
     else:
         if sinks_ptr is not None:
@@ -211,19 +509,47 @@ def attention_forward_kernel(q_ptr, k_source, v_source, mask_ptr, sinks_ptr, slo
             acc = acc * decay[:, None]
             top = higher
         shift = tl.where(total == 0.0, 1.0, total)
-        out_at = (out_ptr + loop_offset(batch, sizes, out_strides) + head.to(tl.int64) * out_strides[3] + query_at *
-                  out_strides[4])
-        tl.store(out_at[:, None] + dims_v[None, :] * out_strides[5],
-                 (acc / shift[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None] & (dims_v < dv)[None, :])
+        out_at = (
+            out_ptr
+            + loop_offset(batch, sizes, out_strides)
+            + head.to(tl.int64) * out_strides[3]
+            + query_at * out_strides[4]
+        )
+        tl.store(
+            out_at[:, None] + dims_v[None, :] * out_strides[5],
+            (acc / shift[:, None]).to(out_ptr.dtype.element_ty),
+            mask=inside[:, None] & (dims_v < dv)[None, :],
+        )
         lse = tl.where(total == 0.0, -float("inf"), (top + tl.log2(total)) * LN2)
-        tl.store(lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3] + query_at *
-                 lse_strides[4], lse, mask=inside)
+        tl.store(
+            lse_ptr
+            + loop_offset(batch, sizes, lse_strides)
+            + head.to(tl.int64) * lse_strides[3]
+            + query_at * lse_strides[4],
+            lse,
+            mask=inside,
+        )
 
 
 @triton.jit
-def attention_combine_kernel(part_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr, out_strides, lse_strides,
-                             sinks_stride, sizes, rows, heads, sq, dv, splits, BLOCK_M: tl.constexpr,
-                             BLOCK_V: tl.constexpr):
+def attention_combine_kernel(
+    part_ptr,
+    part_lse_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
+    out_strides,
+    lse_strides,
+    sinks_stride,
+    sizes,
+    rows,
+    heads,
+    sq,
+    dv,
+    splits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """Merges the parts of each row (batch, head, query), in order of the keys."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
@@ -233,7 +559,7 @@ def attention_combine_kernel(part_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr
     dims = tl.arange(0, BLOCK_V)
     step = tl.cast(rows, tl.int64)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    for part in range(0, splits):
+    for part in range(splits):
         top = tl.maximum(top, tl.load(part_lse_ptr + part * step + row, mask=inside, other=-float("inf")))
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head * sinks_stride, mask=inside, other=0.0).to(tl.float32) * LOG2E
@@ -241,23 +567,39 @@ def attention_combine_kernel(part_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr
     base = tl.where(top == -float("inf"), 0.0, top)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for part in range(0, splits):
+    for part in range(splits):
         log = tl.load(part_lse_ptr + part * step + row, mask=inside, other=-float("inf"))
         weight = tl.exp2(log - base)
         total += weight
-        value = tl.load(part_ptr + (part * step + row)[:, None] * dv + dims[None, :],
-                        mask=inside[:, None] & (dims < dv)[None, :], other=0.0)
+        value = tl.load(
+            part_ptr + (part * step + row)[:, None] * dv + dims[None, :],
+            mask=inside[:, None] & (dims < dv)[None, :],
+            other=0.0,
+        )
         # a part without visible keys has weight 0 and value 0
         acc += weight[:, None] * value
     if sinks_ptr is not None:
         total += tl.exp2(sink - base)
     shift = tl.where(total == 0.0, 1.0, total)
-    out_at = out_ptr + loop_offset(batch, sizes, out_strides) + head.to(tl.int64) * out_strides[3] + query.to(
-        tl.int64) * out_strides[4]
-    tl.store(out_at[:, None] + dims[None, :] * out_strides[5], (acc / shift[:, None]).to(out_ptr.dtype.element_ty),
-             mask=inside[:, None] & (dims < dv)[None, :])
-    tl.store(lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3] + query.to(
-        tl.int64) * lse_strides[4], tl.where(total == 0.0, -float("inf"), (top + tl.log2(total)) * LN2), mask=inside)
+    out_at = (
+        out_ptr
+        + loop_offset(batch, sizes, out_strides)
+        + head.to(tl.int64) * out_strides[3]
+        + query.to(tl.int64) * out_strides[4]
+    )
+    tl.store(
+        out_at[:, None] + dims[None, :] * out_strides[5],
+        (acc / shift[:, None]).to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (dims < dv)[None, :],
+    )
+    tl.store(
+        lse_ptr
+        + loop_offset(batch, sizes, lse_strides)
+        + head.to(tl.int64) * lse_strides[3]
+        + query.to(tl.int64) * lse_strides[4],
+        tl.where(total == 0.0, -float("inf"), (top + tl.log2(total)) * LN2),
+        mask=inside,
+    )
 
 
 # (largest head size, BLOCK_M, BLOCK_N, warps, stages) by architecture.
@@ -280,18 +622,55 @@ PACKED = {  # decode: rows of a tile are at least 16
 PACK_ROWS = 64
 
 
-def supports(query, key=None, value=None, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None,
-             dropout_seed=None, out=None, lse=None, *, dropout_p=0.0, is_causal=0, scale=1.0, bottom_right=0,
-             window_left=-1, window_right=-1, softcap=0.0, allow_tf32=False):
+def supports(
+    query,
+    key=None,
+    value=None,
+    attn_mask=None,
+    sinks=None,
+    alibi_slopes=None,
+    seqlens_k=None,
+    dropout_seed=None,
+    out=None,
+    lse=None,
+    *,
+    dropout_p=0.0,
+    is_causal=0,
+    scale=1.0,
+    bottom_right=0,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+    allow_tf32=False,
+):
     if attn_mask is not None and attn_mask.dtype == torch.float64:
         return "attn_mask is float64; Triton kernels take bool, float32, bfloat16, float16"
     reason = refuse(query, key, value, {"sinks": sinks, "alibi_slopes": alibi_slopes, "out": out})
     return reason or refuse_loops([query, key, value, attn_mask, seqlens_k, out, lse], [3, 3, 3, 3, 0, 3, 2])
 
 
-def prepare(query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None, dropout_seed=None,
-            out=None, lse=None, *, dropout_p=0.0, is_causal=0, scale=1.0, bottom_right=0, window_left=-1,
-            window_right=-1, softcap=0.0, allow_tf32=False, config=None):
+def prepare(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    sinks=None,
+    alibi_slopes=None,
+    seqlens_k=None,
+    dropout_seed=None,
+    out=None,
+    lse=None,
+    *,
+    dropout_p=0.0,
+    is_causal=0,
+    scale=1.0,
+    bottom_right=0,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+    allow_tf32=False,
+    config=None,
+):
     """config: numbers of the tile, "SPLITS" of the keys; "batch_invariant" fixes the split whatever the batch."""
     heads, sq, d = query.shape[-3:]
     key_heads, sk, dv = value.shape[-3:]
@@ -310,42 +689,104 @@ def prepare(query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, se
         block_m = min(next_power(sq * group, 16), 64 if widest <= 256 else 16)
     else:
         block_m, block_n, warps, stages = lookup(TILES, query.dtype, widest)
-    meta = override({"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, "SPLITS": 0},
-                    config)
+    if options.dropout or options.softcap > 0 or attn_mask is not None or alibi_slopes is not None:
+        block_n = max(block_n // 2, 16)  # more live values a score: halve the tile rather than spill
+    meta = override(
+        {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, "SPLITS": 0}, config
+    )
     tiles = triton.cdiv(sq * group, meta["BLOCK_M"]) * key_heads if pack else triton.cdiv(sq, meta["BLOCK_M"]) * heads
     splits = meta.pop("SPLITS")
     if splits == 0:
         splits = 1
         wanted = 4 * units(query.device)
         # a fixed length of keys for each part makes the result independent of the batch
-        while pack and sk // (2 * splits) >= 256 and (sk // splits > 1024 if invariant else
-                                                      batch * tiles * splits < wanted):
+        while (
+            pack
+            and sk // (2 * splits) >= 256
+            and (sk // splits > 1024 if invariant else batch * tiles * splits < wanted)
+        ):
             splits *= 2
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
-    is_wide = spans_wide(((sq, d), q_strides[4:]), ((sk, d), k_strides[4:]), ((sk, dv), v_strides[4:]),
-                         ((sq, dv), out_strides[4:]), ((sq, sk), mask_strides[4:]))
-    parts = [Scratch((splits, batch * heads * sq, dv), torch.float32),
-             Scratch((splits, batch * heads * sq), torch.float32)] if splits > 1 else [None, None]
+    is_wide = spans_wide(
+        ((sq, d), q_strides[4:]),
+        ((sk, d), k_strides[4:]),
+        ((sk, dv), v_strides[4:]),
+        ((sq, dv), out_strides[4:]),
+        ((sq, sk), mask_strides[4:]),
+    )
+    parts = (
+        [Scratch((splits, batch * heads * sq, dv), torch.float32), Scratch((splits, batch * heads * sq), torch.float32)]
+        if splits > 1
+        else [None, None]
+    )
     hides = options.has_left or options.has_right or seqlens_k is not None or sk % meta["BLOCK_N"] != 0
-    constants = {"HAS_LEFT": options.has_left, "HAS_RIGHT": options.has_right, "BOTTOM_RIGHT": options.bottom_right,
-                 "HAS_SOFTCAP": options.softcap > 0, "DROPOUT": options.dropout, "HIDES": hides, "PACK": pack,
-                 "SPLIT": splits > 1, "PRECISION": "tf32" if tf32 else "ieee", "EVEN_D": d == block_d(d),
-                 "EVEN_V": dv == block_d(dv), "WIDE": is_wide, "BLOCK_D": block_d(d), "BLOCK_V": block_d(dv), **meta}
+    constants = {
+        "HAS_LEFT": options.has_left,
+        "HAS_RIGHT": options.has_right,
+        "BOTTOM_RIGHT": options.bottom_right,
+        "HAS_SOFTCAP": options.softcap > 0,
+        "DROPOUT": options.dropout,
+        "HIDES": hides,
+        "PACK": pack,
+        "SPLIT": splits > 1,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "EVEN_D": d == block_d(d),
+        "EVEN_V": dv == block_d(dv),
+        "WIDE": is_wide,
+        "BLOCK_D": block_d(d),
+        "BLOCK_V": block_d(dv),
+        **meta,
+    }
     grid = (batch * tiles * splits,)
 
     def launch(key_source, value_source, fallback=()):
-        return Launch(attention_forward_kernel, grid,
-                      (query, key_source, value_source, attn_mask, sinks, alibi_slopes, seqlens_k, dropout_seed, out,
-                       lse, *parts, q_strides, k_strides, v_strides, mask_strides, out_strides, lse_strides,
-                       lengths_strides, sinks.strides[0] if sinks is not None else 0,
-                       alibi_slopes.strides[0] if alibi_slopes is not None else 0, sizes, heads, group, sq, sk, d, dv,
-                       splits, options.scale, options.softcap, options.left, options.right, options.threshold,
-                       options.keep_scale),
-                      {**constants, "DESCRIPTORS": key_source is not key}, fallback)
+        return Launch(
+            attention_forward_kernel,
+            grid,
+            (
+                query,
+                key_source,
+                value_source,
+                attn_mask,
+                sinks,
+                alibi_slopes,
+                seqlens_k,
+                dropout_seed,
+                out,
+                lse,
+                *parts,
+                q_strides,
+                k_strides,
+                v_strides,
+                mask_strides,
+                out_strides,
+                lse_strides,
+                lengths_strides,
+                sinks.strides[0] if sinks is not None else 0,
+                alibi_slopes.strides[0] if alibi_slopes is not None else 0,
+                sizes,
+                heads,
+                group,
+                sq,
+                sk,
+                d,
+                dv,
+                splits,
+                options.scale,
+                options.softcap,
+                options.left,
+                options.right,
+                options.threshold,
+                options.keep_scale,
+            ),
+            {**constants, "DESCRIPTORS": key_source is not key},
+            fallback,
+        )
 
     main = launch(key, value)
-    described = descriptors(key, value, k_strides, v_strides, sizes, key_heads, sk, d, dv, meta["BLOCK_N"], forced,
-                            pack, tf32)
+    described = descriptors(
+        key, value, k_strides, v_strides, sizes, key_heads, sk, d, dv, meta["BLOCK_N"], forced, pack, tf32
+    )
     if described is not None:
         main = launch(*described, fallback=(main,))
     if splits == 1:
@@ -353,10 +794,29 @@ def prepare(query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, se
     rows = batch * heads * sq
     block_v = block_d(dv)
     block_m = max(1, min(1024 // block_v, next_power(rows)))
-    return [main, Launch(attention_combine_kernel, (triton.cdiv(rows, block_m),),
-                         (*parts, sinks, out, lse, out_strides, lse_strides,
-                          sinks.strides[0] if sinks is not None else 0, sizes, rows, heads, sq, dv, splits),
-                         {"BLOCK_M": block_m, "BLOCK_V": block_v, "num_warps": 4})]
+    return [
+        main,
+        Launch(
+            attention_combine_kernel,
+            (triton.cdiv(rows, block_m),),
+            (
+                *parts,
+                sinks,
+                out,
+                lse,
+                out_strides,
+                lse_strides,
+                sinks.strides[0] if sinks is not None else 0,
+                sizes,
+                rows,
+                heads,
+                sq,
+                dv,
+                splits,
+            ),
+            {"BLOCK_M": block_m, "BLOCK_V": block_v, "num_warps": 4},
+        ),
+    ]
 
 
 def descriptors(key, value, k_strides, v_strides, sizes, key_heads, sk, d, dv, block_n, forced, pack, tf32):
@@ -375,7 +835,7 @@ def descriptors(key, value, k_strides, v_strides, sizes, key_heads, sk, d, dv, b
             return None
         # a size of 1 leaves its stride free, but a descriptor wants a positive one
         steps = [s if s > 0 else 16 for s in strides[2:5]]
-        if any(s == 0 and extent > 1 for s, extent in zip(strides[2:5], (sizes[2], key_heads, sk))):
+        if any(s == 0 and extent > 1 for s, extent in zip(strides[2:5], (sizes[2], key_heads, sk), strict=True)):
             return None
         made.append(Descriptor(view, (sizes[2], key_heads, sk, size), (*steps, 1), (1, 1, block_n, block_d(size))))
     return made

@@ -13,20 +13,51 @@ As in the forward pass a tile with a NaN is computed again with cleaned operands
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
-from ._attention import (LOG2E, Options, block_d, finite_part, hidden_free, kept, key_range, lookup, query_range, refuse, scores,
-                         spans_wide, walk)
+from ._attention import (
+    LOG2E,
+    Options,
+    block_d,
+    finite_part,
+    hidden_free,
+    kept,
+    key_range,
+    lookup,
+    query_range,
+    refuse,
+    scores,
+    spans_wide,
+    walk,
+)
 from ._launch import Launch, Scratch
 from ._layout import architecture, next_power, override, product, read_config, refuse_loops
 from ._tiles import loop_offset, sum_partials_kernel
 
 
 @triton.jit
-def attention_delta_kernel(grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, sinks_ptr, delta_ptr, partial_ptr,
-                           grad_out_strides, grad_lse_strides, out_strides, lse_strides, sinks_stride, sizes, heads, sq,
-                           dv, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+def attention_delta_kernel(
+    grad_out_ptr,
+    grad_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    delta_ptr,
+    partial_ptr,
+    grad_out_strides,
+    grad_lse_strides,
+    out_strides,
+    lse_strides,
+    sinks_stride,
+    sizes,
+    heads,
+    sq,
+    dv,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     tiles = tl.cdiv(sq, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -37,18 +68,32 @@ def attention_delta_kernel(grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, sinks_p
     row_at = row.to(tl.int64)
     dims = tl.arange(0, BLOCK_V)
     mask = inside[:, None] & (dims < dv)[None, :]
-    grad_at = (grad_out_ptr + loop_offset(batch, sizes, grad_out_strides) + head.to(tl.int64) * grad_out_strides[3] +
-               row_at * grad_out_strides[4])
-    out_at = (out_ptr + loop_offset(batch, sizes, out_strides) + head.to(tl.int64) * out_strides[3] + row_at *
-              out_strides[4])
+    grad_at = (
+        grad_out_ptr
+        + loop_offset(batch, sizes, grad_out_strides)
+        + head.to(tl.int64) * grad_out_strides[3]
+        + row_at * grad_out_strides[4]
+    )
+    out_at = (
+        out_ptr + loop_offset(batch, sizes, out_strides) + head.to(tl.int64) * out_strides[3] + row_at * out_strides[4]
+    )
     grad = tl.load(grad_at[:, None] + dims[None, :] * grad_out_strides[5], mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_at[:, None] + dims[None, :] * out_strides[5], mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(grad * out, axis=1)
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + loop_offset(batch, sizes, grad_lse_strides) + head.to(tl.int64) *
-                         grad_lse_strides[3] + row_at * grad_lse_strides[4], mask=inside, other=0.0).to(tl.float32)
-    lse = tl.load(lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3] + row_at *
-                  lse_strides[4], mask=inside, other=-float("inf")).to(tl.float32)
+        delta -= tl.load(
+            grad_lse_ptr
+            + loop_offset(batch, sizes, grad_lse_strides)
+            + head.to(tl.int64) * grad_lse_strides[3]
+            + row_at * grad_lse_strides[4],
+            mask=inside,
+            other=0.0,
+        ).to(tl.float32)
+    lse = tl.load(
+        lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3] + row_at * lse_strides[4],
+        mask=inside,
+        other=-float("inf"),
+    ).to(tl.float32)
     # a row that sees nothing has no gradient, whatever arrives for its result
     delta = tl.where(lse == -float("inf"), 0.0, delta)
     tl.store(delta_ptr + (batch * heads + head).to(tl.int64) * sq + row, delta, mask=inside)
@@ -60,13 +105,53 @@ def attention_delta_kernel(grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, sinks_p
 
 
 @triton.jit
-def _gather_key_value(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
-                      lse_stride, delta_at, key, head_index, slope, start, stop, keys, sq, d, dv, offset, scale,
-                      softcap, left, right, threshold, keep_scale, mask_query_stride, mask_key_stride,
-                      MASKED: tl.constexpr, SAFE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                      HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, DROPOUT: tl.constexpr,
-                      PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, WIDE: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def _gather_key_value(
+    grad_k,
+    grad_v,
+    k,
+    v,
+    q_ptr,
+    grad_out_ptr,
+    q_strides,
+    grad_out_strides,
+    mask_base,
+    seed_ptr,
+    lse_at,
+    lse_stride,
+    delta_at,
+    key,
+    head_index,
+    slope,
+    start,
+    stop,
+    keys,
+    sq,
+    d,
+    dv,
+    offset,
+    scale,
+    softcap,
+    left,
+    right,
+    threshold,
+    keep_scale,
+    mask_query_stride,
+    mask_key_stride,
+    MASKED: tl.constexpr,
+    SAFE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """One stretch of queries for one block of keys; tiles are [keys, queries]."""
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
@@ -88,9 +173,28 @@ def _gather_key_value(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, q_strides, grad
         lse = tl.where(lse == -float("inf"), 0.0, lse)
         delta = tl.load(delta_at + query, mask=inside, other=0.0)
         raw = tl.dot(k, q.T, input_precision=PRECISION)
-        s, slack = scores(raw, query[None, :], key[:, None], keys, sq, offset, mask_base, slope, scale, softcap, left,
-                          right, mask_query_stride, mask_key_stride, MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                          HAS_SLOPES, WIDE)
+        s, slack = scores(
+            raw,
+            query[None, :],
+            key[:, None],
+            keys,
+            sq,
+            offset,
+            mask_base,
+            slope,
+            scale,
+            softcap,
+            left,
+            right,
+            mask_query_stride,
+            mask_key_stride,
+            MASKED,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            WIDE,
+        )
         p = tl.exp2(s - lse[None, :])
         if MASKED or mask_base is not None:
             p = tl.where(s == -float("inf"), 0.0, p)  # also where the query's lse is NaN
@@ -114,15 +218,57 @@ def _gather_key_value(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, q_strides, grad
 
 
 @triton.jit
-def attention_grad_key_value_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, lengths_ptr, seed_ptr, lse_ptr,
-                                    delta_ptr, grad_k_ptr, grad_v_ptr, grad_out_strides, q_strides, k_strides,
-                                    v_strides, mask_strides, lse_strides, grad_k_strides, grad_v_strides,
-                                    lengths_strides, slopes_stride, sizes, heads, group, sq, sk, d, dv, scale, softcap,
-                                    left, right, threshold, keep_scale, HAS_LEFT: tl.constexpr,
-                                    HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                                    DROPOUT: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-                                    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-                                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def attention_grad_key_value_kernel(
+    grad_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    slopes_ptr,
+    lengths_ptr,
+    seed_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    grad_out_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    mask_strides,
+    lse_strides,
+    grad_k_strides,
+    grad_v_strides,
+    lengths_strides,
+    slopes_stride,
+    sizes,
+    heads,
+    group,
+    sq,
+    sk,
+    d,
+    dv,
+    scale,
+    softcap,
+    left,
+    right,
+    threshold,
+    keep_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     pid = tl.program_id(0)
     tiles = tl.cdiv(sk, BLOCK_N)
@@ -140,17 +286,28 @@ def attention_grad_key_value_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr,
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
     key_at = key.to(tl.int64) if WIDE else key
-    k = tl.load(k_ptr + loop_offset(batch, sizes, k_strides) + key_head.to(tl.int64) * k_strides[3] +
-                (key_at[:, None] * k_strides[4] + dims[None, :] * k_strides[5]),
-                mask=(key < keys)[:, None] & (dims < d)[None, :], other=0.0)
-    v = tl.load(v_ptr + loop_offset(batch, sizes, v_strides) + key_head.to(tl.int64) * v_strides[3] +
-                (key_at[:, None] * v_strides[4] + dims_v[None, :] * v_strides[5]),
-                mask=(key < keys)[:, None] & (dims_v < dv)[None, :], other=0.0)
-    start, whole_start, whole_end, end = query_range(first, first + BLOCK_N - 1, keys, sq, offset, left, right,
-                                                     HAS_LEFT, HAS_RIGHT, BLOCK_M)
+    k = tl.load(
+        k_ptr
+        + loop_offset(batch, sizes, k_strides)
+        + key_head.to(tl.int64) * k_strides[3]
+        + (key_at[:, None] * k_strides[4] + dims[None, :] * k_strides[5]),
+        mask=(key < keys)[:, None] & (dims < d)[None, :],
+        other=0.0,
+    )
+    v = tl.load(
+        v_ptr
+        + loop_offset(batch, sizes, v_strides)
+        + key_head.to(tl.int64) * v_strides[3]
+        + (key_at[:, None] * v_strides[4] + dims_v[None, :] * v_strides[5]),
+        mask=(key < keys)[:, None] & (dims_v < dv)[None, :],
+        other=0.0,
+    )
+    start, whole_start, whole_end, end = query_range(
+        first, first + BLOCK_N - 1, keys, sq, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    )
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         head = key_head * group + member
         head_index = batch * heads + head
         slope = 0.0
@@ -165,28 +322,154 @@ def attention_grad_key_value_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr,
         delta_at = delta_ptr + head_index.to(tl.int64) * sq
         if HAS_RIGHT:
             grad_k, grad_v = _gather_key_value(
-                grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
-                lse_strides[4], delta_at, key, head_index, slope, start, whole_start, keys, sq, d, dv, offset, scale,
-                softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], True, False, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
+                grad_k,
+                grad_v,
+                k,
+                v,
+                q_head,
+                g_head,
+                q_strides,
+                grad_out_strides,
+                mask_base,
+                seed_ptr,
+                lse_at,
+                lse_strides[4],
+                delta_at,
+                key,
+                head_index,
+                slope,
+                start,
+                whole_start,
+                keys,
+                sq,
+                d,
+                dv,
+                offset,
+                scale,
+                softcap,
+                left,
+                right,
+                threshold,
+                keep_scale,
+                mask_strides[4],
+                mask_strides[5],
+                True,
+                False,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                HAS_SLOPES,
+                DROPOUT,
+                PRECISION,
+                EVEN_D,
+                EVEN_V,
+                WIDE,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_V,
+            )
         grad_k, grad_v = _gather_key_value(
-            grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
-            lse_strides[4], delta_at, key, head_index, slope, whole_start, whole_end, keys, sq, d, dv, offset, scale,
-            softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], False, False, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
+            grad_k,
+            grad_v,
+            k,
+            v,
+            q_head,
+            g_head,
+            q_strides,
+            grad_out_strides,
+            mask_base,
+            seed_ptr,
+            lse_at,
+            lse_strides[4],
+            delta_at,
+            key,
+            head_index,
+            slope,
+            whole_start,
+            whole_end,
+            keys,
+            sq,
+            d,
+            dv,
+            offset,
+            scale,
+            softcap,
+            left,
+            right,
+            threshold,
+            keep_scale,
+            mask_strides[4],
+            mask_strides[5],
+            False,
+            False,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            DROPOUT,
+            PRECISION,
+            EVEN_D,
+            EVEN_V,
+            WIDE,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_V,
+        )
         if HAS_LEFT or TAIL or lengths_ptr is not None:
             grad_k, grad_v = _gather_key_value(
-                grad_k, grad_v, k, v, q_head, g_head, q_strides, grad_out_strides, mask_base, seed_ptr, lse_at,
-                lse_strides[4], delta_at, key, head_index, slope, whole_end, end, keys, sq, d, dv, offset, scale,
-                softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5], True, False, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
+                grad_k,
+                grad_v,
+                k,
+                v,
+                q_head,
+                g_head,
+                q_strides,
+                grad_out_strides,
+                mask_base,
+                seed_ptr,
+                lse_at,
+                lse_strides[4],
+                delta_at,
+                key,
+                head_index,
+                slope,
+                whole_end,
+                end,
+                keys,
+                sq,
+                d,
+                dv,
+                offset,
+                scale,
+                softcap,
+                left,
+                right,
+                threshold,
+                keep_scale,
+                mask_strides[4],
+                mask_strides[5],
+                True,
+                False,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                HAS_SLOPES,
+                DROPOUT,
+                PRECISION,
+                EVEN_D,
+                EVEN_V,
+                WIDE,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_V,
+            )
     if HAS_LEFT or HAS_RIGHT or mask_ptr is not None or lengths_ptr is not None:
         bad = tl.max(tl.max((grad_k != grad_k).to(tl.int32), axis=1), axis=0)
         bad += tl.max(tl.max((grad_v != grad_v).to(tl.int32), axis=1), axis=0)
         if bad > 0:
             grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            for member in range(0, group):
+            for member in range(group):
                 head = key_head * group + member
                 head_index = batch * heads + head
                 slope = 0.0
@@ -194,34 +477,124 @@ def attention_grad_key_value_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr,
                     slope = tl.load(slopes_ptr + head * slopes_stride).to(tl.float32)
                 mask_base = mask_ptr
                 if mask_ptr is not None:
-                    mask_base = mask_ptr + loop_offset(batch, sizes, mask_strides) + head.to(
-                        tl.int64) * mask_strides[3]
+                    mask_base = mask_ptr + loop_offset(batch, sizes, mask_strides) + head.to(tl.int64) * mask_strides[3]
                 grad_k, grad_v = _gather_key_value(
-                    grad_k, grad_v, k, v,
+                    grad_k,
+                    grad_v,
+                    k,
+                    v,
                     q_ptr + loop_offset(batch, sizes, q_strides) + head.to(tl.int64) * q_strides[3],
-                    grad_out_ptr + loop_offset(batch, sizes, grad_out_strides) + head.to(tl.int64) *
-                    grad_out_strides[3], q_strides, grad_out_strides, mask_base, seed_ptr,
+                    grad_out_ptr
+                    + loop_offset(batch, sizes, grad_out_strides)
+                    + head.to(tl.int64) * grad_out_strides[3],
+                    q_strides,
+                    grad_out_strides,
+                    mask_base,
+                    seed_ptr,
                     lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3],
-                    lse_strides[4], delta_ptr + head_index.to(tl.int64) * sq, key, head_index, slope, start, end,
-                    keys, sq, d, dv, offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
-                    mask_strides[5], True, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION,
-                    EVEN_D, EVEN_V, WIDE, BLOCK_M, BLOCK_D, BLOCK_V)
-    tl.store(grad_k_ptr + loop_offset(batch, sizes, grad_k_strides) + key_head.to(tl.int64) * grad_k_strides[3] +
-             (key_at[:, None] * grad_k_strides[4] + dims[None, :] * grad_k_strides[5]),
-             (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=(key < sk)[:, None] & (dims < d)[None, :])
-    tl.store(grad_v_ptr + loop_offset(batch, sizes, grad_v_strides) + key_head.to(tl.int64) * grad_v_strides[3] +
-             (key_at[:, None] * grad_v_strides[4] + dims_v[None, :] * grad_v_strides[5]),
-             grad_v.to(grad_v_ptr.dtype.element_ty), mask=(key < sk)[:, None] & (dims_v < dv)[None, :])
+                    lse_strides[4],
+                    delta_ptr + head_index.to(tl.int64) * sq,
+                    key,
+                    head_index,
+                    slope,
+                    start,
+                    end,
+                    keys,
+                    sq,
+                    d,
+                    dv,
+                    offset,
+                    scale,
+                    softcap,
+                    left,
+                    right,
+                    threshold,
+                    keep_scale,
+                    mask_strides[4],
+                    mask_strides[5],
+                    True,
+                    True,
+                    HAS_LEFT,
+                    HAS_RIGHT,
+                    HAS_SOFTCAP,
+                    HAS_SLOPES,
+                    DROPOUT,
+                    PRECISION,
+                    EVEN_D,
+                    EVEN_V,
+                    WIDE,
+                    BLOCK_M,
+                    BLOCK_D,
+                    BLOCK_V,
+                )
+    tl.store(
+        grad_k_ptr
+        + loop_offset(batch, sizes, grad_k_strides)
+        + key_head.to(tl.int64) * grad_k_strides[3]
+        + (key_at[:, None] * grad_k_strides[4] + dims[None, :] * grad_k_strides[5]),
+        (grad_k * scale).to(grad_k_ptr.dtype.element_ty),
+        mask=(key < sk)[:, None] & (dims < d)[None, :],
+    )
+    tl.store(
+        grad_v_ptr
+        + loop_offset(batch, sizes, grad_v_strides)
+        + key_head.to(tl.int64) * grad_v_strides[3]
+        + (key_at[:, None] * grad_v_strides[4] + dims_v[None, :] * grad_v_strides[5]),
+        grad_v.to(grad_v_ptr.dtype.element_ty),
+        mask=(key < sk)[:, None] & (dims_v < dv)[None, :],
+    )
 
 
 @triton.jit
-def _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base, grad_mask_base,
-                  seed_ptr, query, head_index, slope, start, stop, keys, sq, sk, d, dv, offset, scale, softcap, left,
-                  right, threshold, keep_scale, mask_query_stride, mask_key_stride, grad_mask_query_stride,
-                  grad_mask_key_stride, MASKED: tl.constexpr, SAFE: tl.constexpr, HAS_LEFT: tl.constexpr,
-                  HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, DROPOUT: tl.constexpr,
-                  PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, WIDE: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def _gather_query(
+    grad_q,
+    q,
+    grad,
+    lse,
+    delta,
+    k_head,
+    v_head,
+    k_strides,
+    v_strides,
+    mask_base,
+    grad_mask_base,
+    seed_ptr,
+    query,
+    head_index,
+    slope,
+    start,
+    stop,
+    keys,
+    sq,
+    sk,
+    d,
+    dv,
+    offset,
+    scale,
+    softcap,
+    left,
+    right,
+    threshold,
+    keep_scale,
+    mask_query_stride,
+    mask_key_stride,
+    grad_mask_query_stride,
+    grad_mask_key_stride,
+    MASKED: tl.constexpr,
+    SAFE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """One stretch of keys for one block of queries; tiles are [queries, keys]. Stores the mask's gradient if wanted."""
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
@@ -239,9 +612,28 @@ def _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_stri
         else:
             v = tl.load(v_at)
         raw = tl.dot(q, k.T, input_precision=PRECISION)
-        s, slack = scores(raw, query[:, None], key[None, :], keys, sq, offset, mask_base, slope, scale, softcap, left,
-                          right, mask_query_stride, mask_key_stride, MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                          HAS_SLOPES, WIDE)
+        s, slack = scores(
+            raw,
+            query[:, None],
+            key[None, :],
+            keys,
+            sq,
+            offset,
+            mask_base,
+            slope,
+            scale,
+            softcap,
+            left,
+            right,
+            mask_query_stride,
+            mask_key_stride,
+            MASKED,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            WIDE,
+        )
         p = tl.exp2(s - lse[:, None])
         grad_p = tl.dot(grad, v.T, input_precision=PRECISION)
         if DROPOUT:
@@ -252,9 +644,11 @@ def _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_stri
             grad_s = tl.where(s == -float("inf"), 0.0, grad_s)
         if grad_mask_base is not None:
             query_at = query.to(tl.int64) if WIDE else query
-            tl.store(grad_mask_base + query_at[:, None] * grad_mask_query_stride + key_at[None, :] *
-                     grad_mask_key_stride, grad_s.to(grad_mask_base.dtype.element_ty),
-                     mask=(query < sq)[:, None] & (key < sk)[None, :])
+            tl.store(
+                grad_mask_base + query_at[:, None] * grad_mask_query_stride + key_at[None, :] * grad_mask_key_stride,
+                grad_s.to(grad_mask_base.dtype.element_ty),
+                mask=(query < sq)[:, None] & (key < sk)[None, :],
+            )
         grad_s = grad_s * slack
         if SAFE:
             k = finite_part(k)  # a visible NaN or infinity is already in grad_s
@@ -263,15 +657,57 @@ def _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_stri
 
 
 @triton.jit
-def attention_grad_query_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, lengths_ptr, seed_ptr, lse_ptr,
-                                delta_ptr, grad_q_ptr, grad_mask_ptr, grad_out_strides, q_strides, k_strides,
-                                v_strides, mask_strides, lse_strides, grad_q_strides, grad_mask_strides,
-                                lengths_strides, slopes_stride, sizes, heads, group, sq, sk, d, dv, scale, softcap,
-                                left, right, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                                BOTTOM_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-                                TAIL: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
-                                WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                                BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def attention_grad_query_kernel(
+    grad_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    slopes_ptr,
+    lengths_ptr,
+    seed_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_q_ptr,
+    grad_mask_ptr,
+    grad_out_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    mask_strides,
+    lse_strides,
+    grad_q_strides,
+    grad_mask_strides,
+    lengths_strides,
+    slopes_stride,
+    sizes,
+    heads,
+    group,
+    sq,
+    sk,
+    d,
+    dv,
+    scale,
+    softcap,
+    left,
+    right,
+    threshold,
+    keep_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     pid = tl.program_id(0)
     tiles = tl.cdiv(sq, BLOCK_M)
@@ -292,15 +728,33 @@ def attention_grad_query_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slo
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
     query_at = query.to(tl.int64) if WIDE else query
-    q = tl.load(q_ptr + loop_offset(batch, sizes, q_strides) + head.to(tl.int64) * q_strides[3] +
-                (query_at[:, None] * q_strides[4] + dims[None, :] * q_strides[5]),
-                mask=inside[:, None] & (dims < d)[None, :], other=0.0)
-    grad = tl.load(grad_out_ptr + loop_offset(batch, sizes, grad_out_strides) + head.to(tl.int64) *
-                   grad_out_strides[3] + (query_at[:, None] * grad_out_strides[4] + dims_v[None, :] *
-                                          grad_out_strides[5]),
-                   mask=inside[:, None] & (dims_v < dv)[None, :], other=0.0)
-    lse = tl.load(lse_ptr + loop_offset(batch, sizes, lse_strides) + head.to(tl.int64) * lse_strides[3] + query_at *
-                  lse_strides[4], mask=inside, other=0.0).to(tl.float32) * LOG2E
+    q = tl.load(
+        q_ptr
+        + loop_offset(batch, sizes, q_strides)
+        + head.to(tl.int64) * q_strides[3]
+        + (query_at[:, None] * q_strides[4] + dims[None, :] * q_strides[5]),
+        mask=inside[:, None] & (dims < d)[None, :],
+        other=0.0,
+    )
+    grad = tl.load(
+        grad_out_ptr
+        + loop_offset(batch, sizes, grad_out_strides)
+        + head.to(tl.int64) * grad_out_strides[3]
+        + (query_at[:, None] * grad_out_strides[4] + dims_v[None, :] * grad_out_strides[5]),
+        mask=inside[:, None] & (dims_v < dv)[None, :],
+        other=0.0,
+    )
+    lse = (
+        tl.load(
+            lse_ptr
+            + loop_offset(batch, sizes, lse_strides)
+            + head.to(tl.int64) * lse_strides[3]
+            + query_at * lse_strides[4],
+            mask=inside,
+            other=0.0,
+        ).to(tl.float32)
+        * LOG2E
+    )
     lse = tl.where(lse == -float("inf"), 0.0, lse)
     delta = tl.load(delta_ptr + head_index.to(tl.int64) * sq + query, mask=inside, other=0.0)
     slope = 0.0
@@ -311,12 +765,12 @@ def attention_grad_query_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slo
         mask_base = mask_ptr + loop_offset(batch, sizes, mask_strides) + head.to(tl.int64) * mask_strides[3]
     grad_mask_base = grad_mask_ptr
     if grad_mask_ptr is not None:
-        grad_mask_base = (grad_mask_ptr + loop_offset(batch, sizes, grad_mask_strides) + head.to(tl.int64) *
-                          grad_mask_strides[3])
+        grad_mask_base = (
+            grad_mask_ptr + loop_offset(batch, sizes, grad_mask_strides) + head.to(tl.int64) * grad_mask_strides[3]
+        )
     k_head = k_ptr + loop_offset(batch, sizes, k_strides) + key_head.to(tl.int64) * k_strides[3]
     v_head = v_ptr + loop_offset(batch, sizes, v_strides) + key_head.to(tl.int64) * v_strides[3]
-    start, whole_start, whole_end, end = key_range(first, last, keys, offset, left, right, HAS_LEFT, HAS_RIGHT,
-                                                   BLOCK_N)
+    start, whole_start, whole_end, end = key_range(first, last, keys, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     if grad_mask_ptr is not None:
         # every element of the mask's gradient has to be written: hidden blocks too
         start = start * 0
@@ -324,37 +778,214 @@ def attention_grad_query_kernel(grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, slo
         whole_start = tl.minimum(whole_start, tl.cdiv(sk, BLOCK_N) * BLOCK_N)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_LEFT or grad_mask_ptr is not None:
-        grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
-                               grad_mask_base, seed_ptr, query, head_index, slope, start, whole_start, keys, sq, sk, d, dv,
-                               offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
-                               mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], True, False, HAS_LEFT,
-                               HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
-                               BLOCK_D, BLOCK_V)
-    grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
-                           grad_mask_base, seed_ptr, query, head_index, slope, whole_start, whole_end, keys, sq, sk, d,
-                           dv, offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
-                           mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], False, False, HAS_LEFT,
-                           HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
-                           BLOCK_D, BLOCK_V)
+        grad_q = _gather_query(
+            grad_q,
+            q,
+            grad,
+            lse,
+            delta,
+            k_head,
+            v_head,
+            k_strides,
+            v_strides,
+            mask_base,
+            grad_mask_base,
+            seed_ptr,
+            query,
+            head_index,
+            slope,
+            start,
+            whole_start,
+            keys,
+            sq,
+            sk,
+            d,
+            dv,
+            offset,
+            scale,
+            softcap,
+            left,
+            right,
+            threshold,
+            keep_scale,
+            mask_strides[4],
+            mask_strides[5],
+            grad_mask_strides[4],
+            grad_mask_strides[5],
+            True,
+            False,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            DROPOUT,
+            PRECISION,
+            EVEN_D,
+            EVEN_V,
+            WIDE,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+    grad_q = _gather_query(
+        grad_q,
+        q,
+        grad,
+        lse,
+        delta,
+        k_head,
+        v_head,
+        k_strides,
+        v_strides,
+        mask_base,
+        grad_mask_base,
+        seed_ptr,
+        query,
+        head_index,
+        slope,
+        whole_start,
+        whole_end,
+        keys,
+        sq,
+        sk,
+        d,
+        dv,
+        offset,
+        scale,
+        softcap,
+        left,
+        right,
+        threshold,
+        keep_scale,
+        mask_strides[4],
+        mask_strides[5],
+        grad_mask_strides[4],
+        grad_mask_strides[5],
+        False,
+        False,
+        HAS_LEFT,
+        HAS_RIGHT,
+        HAS_SOFTCAP,
+        HAS_SLOPES,
+        DROPOUT,
+        PRECISION,
+        EVEN_D,
+        EVEN_V,
+        WIDE,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_V,
+    )
     if HAS_RIGHT or TAIL or lengths_ptr is not None or grad_mask_ptr is not None:
-        grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base,
-                               grad_mask_base, seed_ptr, query, head_index, slope, whole_end, end, keys, sq, sk, d, dv,
-                               offset, scale, softcap, left, right, threshold, keep_scale, mask_strides[4],
-                               mask_strides[5], grad_mask_strides[4], grad_mask_strides[5], True, False, HAS_LEFT,
-                               HAS_RIGHT, HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N,
-                               BLOCK_D, BLOCK_V)
-    if HAS_LEFT or HAS_RIGHT or mask_ptr is not None:
+        grad_q = _gather_query(
+            grad_q,
+            q,
+            grad,
+            lse,
+            delta,
+            k_head,
+            v_head,
+            k_strides,
+            v_strides,
+            mask_base,
+            grad_mask_base,
+            seed_ptr,
+            query,
+            head_index,
+            slope,
+            whole_end,
+            end,
+            keys,
+            sq,
+            sk,
+            d,
+            dv,
+            offset,
+            scale,
+            softcap,
+            left,
+            right,
+            threshold,
+            keep_scale,
+            mask_strides[4],
+            mask_strides[5],
+            grad_mask_strides[4],
+            grad_mask_strides[5],
+            True,
+            False,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES,
+            DROPOUT,
+            PRECISION,
+            EVEN_D,
+            EVEN_V,
+            WIDE,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+        )
+    if HAS_LEFT or HAS_RIGHT or mask_ptr is not None:  # noqa: SIM102  (known when compiled; the next is not)
         if tl.max(tl.max((grad_q != grad_q).to(tl.int32), axis=1), axis=0) > 0:
             grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            grad_q = _gather_query(grad_q, q, grad, lse, delta, k_head, v_head, k_strides, v_strides, mask_base, None,
-                                   seed_ptr, query, head_index, slope, start, end, keys, sq, sk, d, dv, offset, scale,
-                                   softcap, left, right, threshold, keep_scale, mask_strides[4], mask_strides[5],
-                                   grad_mask_strides[4], grad_mask_strides[5], True, True, HAS_LEFT, HAS_RIGHT,
-                                   HAS_SOFTCAP, HAS_SLOPES, DROPOUT, PRECISION, EVEN_D, EVEN_V, WIDE, BLOCK_N, BLOCK_D,
-                                   BLOCK_V)
-    tl.store(grad_q_ptr + loop_offset(batch, sizes, grad_q_strides) + head.to(tl.int64) * grad_q_strides[3] +
-             (query_at[:, None] * grad_q_strides[4] + dims[None, :] * grad_q_strides[5]),
-             (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=inside[:, None] & (dims < d)[None, :])
+            grad_q = _gather_query(
+                grad_q,
+                q,
+                grad,
+                lse,
+                delta,
+                k_head,
+                v_head,
+                k_strides,
+                v_strides,
+                mask_base,
+                None,
+                seed_ptr,
+                query,
+                head_index,
+                slope,
+                start,
+                end,
+                keys,
+                sq,
+                sk,
+                d,
+                dv,
+                offset,
+                scale,
+                softcap,
+                left,
+                right,
+                threshold,
+                keep_scale,
+                mask_strides[4],
+                mask_strides[5],
+                grad_mask_strides[4],
+                grad_mask_strides[5],
+                True,
+                True,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                HAS_SLOPES,
+                DROPOUT,
+                PRECISION,
+                EVEN_D,
+                EVEN_V,
+                WIDE,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_V,
+            )
+    tl.store(
+        grad_q_ptr
+        + loop_offset(batch, sizes, grad_q_strides)
+        + head.to(tl.int64) * grad_q_strides[3]
+        + (query_at[:, None] * grad_q_strides[4] + dims[None, :] * grad_q_strides[5]),
+        (grad_q * scale).to(grad_q_ptr.dtype.element_ty),
+        mask=inside[:, None] & (dims < d)[None, :],
+    )
 
 
 # (largest head size, BLOCK_M, BLOCK_N, warps, stages), queries and keys of a tile; first grad_key/grad_value's table.
@@ -376,32 +1007,133 @@ QUERY_TILES = {
 }
 
 
-def supports(grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask=None, sinks=None, alibi_slopes=None,
-             seqlens_k=None, dropout_seed=None, out=None, lse=None, grad_query=None, grad_key=None, grad_value=None,
-             grad_attn_mask=None, grad_sinks=None, *, dropout_p=0.0, is_causal=0, scale=1.0, bottom_right=0,
-             window_left=-1, window_right=-1, softcap=0.0, allow_tf32=False):
+def supports(
+    grad_out,
+    grad_lse=None,
+    query=None,
+    key=None,
+    value=None,
+    attn_mask=None,
+    sinks=None,
+    alibi_slopes=None,
+    seqlens_k=None,
+    dropout_seed=None,
+    out=None,
+    lse=None,
+    grad_query=None,
+    grad_key=None,
+    grad_value=None,
+    grad_attn_mask=None,
+    grad_sinks=None,
+    *,
+    dropout_p=0.0,
+    is_causal=0,
+    scale=1.0,
+    bottom_right=0,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+    allow_tf32=False,
+):
     if attn_mask is not None and attn_mask.dtype == torch.float64:
         return "attn_mask is float64; Triton kernels take bool, float32, bfloat16, float16"
-    others = {"grad_out": grad_out, "grad_lse": grad_lse, "sinks": sinks, "alibi_slopes": alibi_slopes, "out": out,
-              "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value,
-              "grad_attn_mask": grad_attn_mask, "grad_sinks": grad_sinks}
+    others = {
+        "grad_out": grad_out,
+        "grad_lse": grad_lse,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "out": out,
+        "grad_query": grad_query,
+        "grad_key": grad_key,
+        "grad_value": grad_value,
+        "grad_attn_mask": grad_attn_mask,
+        "grad_sinks": grad_sinks,
+    }
     if grad_out.dtype != query.dtype:
         return f"grad_out is {grad_out.dtype}, query {query.dtype}; the Triton kernels want one type"
-    return refuse(query, key, value, others) or refuse_loops(*_walked(grad_out, grad_lse, query, key, value, attn_mask,
-                                                                      seqlens_k, out, lse, grad_query, grad_key,
-                                                                      grad_value, grad_attn_mask))
+    return refuse(query, key, value, others) or refuse_loops(
+        *_walked(
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            attn_mask,
+            seqlens_k,
+            out,
+            lse,
+            grad_query,
+            grad_key,
+            grad_value,
+            grad_attn_mask,
+        )
+    )
 
 
-def _walked(grad_out, grad_lse, query, key, value, attn_mask, seqlens_k, out, lse, grad_query, grad_key, grad_value,
-            grad_attn_mask):
-    return ([grad_out, grad_lse, query, key, value, attn_mask, seqlens_k, out, lse, grad_query, grad_key, grad_value,
-             grad_attn_mask], [3, 2, 3, 3, 3, 3, 0, 3, 2, 3, 3, 3, 3])
+def _walked(
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    attn_mask,
+    seqlens_k,
+    out,
+    lse,
+    grad_query,
+    grad_key,
+    grad_value,
+    grad_attn_mask,
+):
+    return (
+        [
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            attn_mask,
+            seqlens_k,
+            out,
+            lse,
+            grad_query,
+            grad_key,
+            grad_value,
+            grad_attn_mask,
+        ],
+        [3, 2, 3, 3, 3, 3, 0, 3, 2, 3, 3, 3, 3],
+    )
 
 
-def prepare(grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask=None, sinks=None, alibi_slopes=None,
-            seqlens_k=None, dropout_seed=None, out=None, lse=None, grad_query=None, grad_key=None, grad_value=None,
-            grad_attn_mask=None, grad_sinks=None, *, dropout_p=0.0, is_causal=0, scale=1.0, bottom_right=0,
-            window_left=-1, window_right=-1, softcap=0.0, allow_tf32=False, config=None):
+def prepare(
+    grad_out,
+    grad_lse=None,
+    query=None,
+    key=None,
+    value=None,
+    attn_mask=None,
+    sinks=None,
+    alibi_slopes=None,
+    seqlens_k=None,
+    dropout_seed=None,
+    out=None,
+    lse=None,
+    grad_query=None,
+    grad_key=None,
+    grad_value=None,
+    grad_attn_mask=None,
+    grad_sinks=None,
+    *,
+    dropout_p=0.0,
+    is_causal=0,
+    scale=1.0,
+    bottom_right=0,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+    allow_tf32=False,
+    config=None,
+):
     """config: {"key": {...}, "query": {...}}, numbers of the two kernels' tiles."""
     heads, sq, d = query.shape[-3:]
     key_heads, sk, dv = value.shape[-3:]
@@ -410,21 +1142,63 @@ def prepare(grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask
     if batch == 0 or heads == 0 or key_heads == 0:
         return [] if grad_sinks is None or grad_sinks.numel() == 0 else [_sum_rows(grad_sinks, grad_sinks, 0, heads)]
     group = heads // key_heads
-    sizes, strides = walk(*_walked(grad_out, grad_lse, query, key, value, attn_mask, seqlens_k, out, lse, grad_query,
-                                   grad_key, grad_value, grad_attn_mask))
-    (grad_out_strides, grad_lse_strides, q_strides, k_strides, v_strides, mask_strides, lengths_strides, out_strides,
-     lse_strides, grad_q_strides, grad_k_strides, grad_v_strides, grad_mask_strides) = strides
+    sizes, strides = walk(
+        *_walked(
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            attn_mask,
+            seqlens_k,
+            out,
+            lse,
+            grad_query,
+            grad_key,
+            grad_value,
+            grad_attn_mask,
+        )
+    )
+    (
+        grad_out_strides,
+        grad_lse_strides,
+        q_strides,
+        k_strides,
+        v_strides,
+        mask_strides,
+        lengths_strides,
+        out_strides,
+        lse_strides,
+        grad_q_strides,
+        grad_k_strides,
+        grad_v_strides,
+        grad_mask_strides,
+    ) = strides
     config, _ = read_config(config)  # rows never share a sum across the batch, so nothing changes
     widest = max(block_d(d), block_d(dv))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    key_meta = override(dict(zip(names, lookup(KEY_TILES, query.dtype, widest))), config.pop("key", None))
-    query_meta = override(dict(zip(names, lookup(QUERY_TILES, query.dtype, widest))), config.pop("query", None))
+    key_tile = dict(zip(names, lookup(KEY_TILES, query.dtype, widest), strict=True))
+    query_tile = dict(zip(names, lookup(QUERY_TILES, query.dtype, widest), strict=True))
+    if options.dropout or options.softcap > 0 or attn_mask is not None or alibi_slopes is not None:
+        # more live values a score: halve the tiles rather than spill
+        key_tile["BLOCK_M"] = max(key_tile["BLOCK_M"] // 2, 16)
+        query_tile["BLOCK_N"] = max(query_tile["BLOCK_N"] // 2, 16)
+    key_meta = override(key_tile, config.pop("key", None))
+    query_meta = override(query_tile, config.pop("query", None))
     override({}, config)
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
-    is_wide = spans_wide(((sq, d), q_strides[4:]), ((sk, d), k_strides[4:]), ((sk, dv), v_strides[4:]),
-                         ((sq, dv), grad_out_strides[4:]), ((sq, sk), mask_strides[4:]),
-                         ((sq, sk), grad_mask_strides[4:]), ((sq, d), grad_q_strides[4:]),
-                         ((sk, d), grad_k_strides[4:]), ((sk, dv), grad_v_strides[4:]), ((sq,), lse_strides[4:]))
+    is_wide = spans_wide(
+        ((sq, d), q_strides[4:]),
+        ((sk, d), k_strides[4:]),
+        ((sk, dv), v_strides[4:]),
+        ((sq, dv), grad_out_strides[4:]),
+        ((sq, sk), mask_strides[4:]),
+        ((sq, sk), grad_mask_strides[4:]),
+        ((sq, d), grad_q_strides[4:]),
+        ((sk, d), grad_k_strides[4:]),
+        ((sk, dv), grad_v_strides[4:]),
+        ((sq,), lse_strides[4:]),
+    )
     block_v = block_d(dv)
     block_m = max(1, min(4096 // block_v, 64))
     tiles = triton.cdiv(sq, block_m)
@@ -432,37 +1206,110 @@ def prepare(grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask
     partial = Scratch((batch * tiles, heads), torch.float32) if grad_sinks is not None else None
     launches = []
     if sq:
-        launches.append(Launch(attention_delta_kernel, (batch * heads * tiles,),
-                               (grad_out, grad_lse, out, lse, sinks, delta, partial, grad_out_strides,
-                                grad_lse_strides, out_strides, lse_strides,
-                                sinks.strides[0] if sinks is not None else 0, sizes, heads, sq, dv),
-                               {"BLOCK_M": block_m, "BLOCK_V": block_v, "num_warps": 4}))
+        launches.append(
+            Launch(
+                attention_delta_kernel,
+                (batch * heads * tiles,),
+                (
+                    grad_out,
+                    grad_lse,
+                    out,
+                    lse,
+                    sinks,
+                    delta,
+                    partial,
+                    grad_out_strides,
+                    grad_lse_strides,
+                    out_strides,
+                    lse_strides,
+                    sinks.strides[0] if sinks is not None else 0,
+                    sizes,
+                    heads,
+                    sq,
+                    dv,
+                ),
+                {"BLOCK_M": block_m, "BLOCK_V": block_v, "num_warps": 4},
+            )
+        )
     if grad_sinks is not None:
         launches.append(_sum_rows(partial, grad_sinks, batch * tiles, heads))
-    constants = {"HAS_LEFT": options.has_left, "HAS_RIGHT": options.has_right, "BOTTOM_RIGHT": options.bottom_right,
-                 "HAS_SOFTCAP": options.softcap > 0, "DROPOUT": options.dropout,
-                 "PRECISION": "tf32" if tf32 else "ieee", "EVEN_D": d == block_d(d), "EVEN_V": dv == block_v,
-                 "WIDE": is_wide, "BLOCK_D": block_d(d), "BLOCK_V": block_v}
+    constants = {
+        "HAS_LEFT": options.has_left,
+        "HAS_RIGHT": options.has_right,
+        "BOTTOM_RIGHT": options.bottom_right,
+        "HAS_SOFTCAP": options.softcap > 0,
+        "DROPOUT": options.dropout,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "EVEN_D": d == block_d(d),
+        "EVEN_V": dv == block_v,
+        "WIDE": is_wide,
+        "BLOCK_D": block_d(d),
+        "BLOCK_V": block_v,
+    }
     slopes_stride = alibi_slopes.strides[0] if alibi_slopes is not None else 0
-    shared = (sizes, heads, group, sq, sk, d, dv, options.scale, options.softcap, options.left, options.right,
-              options.threshold, options.keep_scale)
+    shared = (
+        sizes,
+        heads,
+        group,
+        sq,
+        sk,
+        d,
+        dv,
+        options.scale,
+        options.softcap,
+        options.left,
+        options.right,
+        options.threshold,
+        options.keep_scale,
+    )
     inputs = (grad_out, query, key, value, attn_mask, alibi_slopes, seqlens_k, dropout_seed, lse, delta)
     common = (grad_out_strides, q_strides, k_strides, v_strides, mask_strides, lse_strides)
     if sk and (d or dv):
-        launches.append(Launch(attention_grad_key_value_kernel,
-                               (batch * key_heads * triton.cdiv(sk, key_meta["BLOCK_N"]),),
-                               (*inputs, grad_key, grad_value, *common, grad_k_strides, grad_v_strides,
-                                lengths_strides, slopes_stride, *shared), {**constants, **key_meta,
-                                "TAIL": sk % key_meta["BLOCK_N"] != 0 or sq % key_meta["BLOCK_M"] != 0}))
+        launches.append(
+            Launch(
+                attention_grad_key_value_kernel,
+                (batch * key_heads * triton.cdiv(sk, key_meta["BLOCK_N"]),),
+                (
+                    *inputs,
+                    grad_key,
+                    grad_value,
+                    *common,
+                    grad_k_strides,
+                    grad_v_strides,
+                    lengths_strides,
+                    slopes_stride,
+                    *shared,
+                ),
+                {**constants, **key_meta, "TAIL": sk % key_meta["BLOCK_N"] != 0 or sq % key_meta["BLOCK_M"] != 0},
+            )
+        )
     if sq and (d or grad_attn_mask is not None):
-        launches.append(Launch(attention_grad_query_kernel, (batch * heads * triton.cdiv(sq, query_meta["BLOCK_M"]),),
-                               (*inputs, grad_query, grad_attn_mask, *common, grad_q_strides, grad_mask_strides,
-                                lengths_strides, slopes_stride, *shared), {**constants, **query_meta,
-                                "TAIL": sk % query_meta["BLOCK_N"] != 0}))
+        launches.append(
+            Launch(
+                attention_grad_query_kernel,
+                (batch * heads * triton.cdiv(sq, query_meta["BLOCK_M"]),),
+                (
+                    *inputs,
+                    grad_query,
+                    grad_attn_mask,
+                    *common,
+                    grad_q_strides,
+                    grad_mask_strides,
+                    lengths_strides,
+                    slopes_stride,
+                    *shared,
+                ),
+                {**constants, **query_meta, "TAIL": sk % query_meta["BLOCK_N"] != 0},
+            )
+        )
     return launches
 
 
 def _sum_rows(partial, out, parts, n):
     block = min(next_power(n, 16), 32)
-    return Launch(sum_partials_kernel, (triton.cdiv(n, block),), (partial, out, parts, n, n, out.strides[0]),
-                  {"BLOCK_P": 64, "BLOCK_N": block, "WIDE": False, "num_warps": 4})
+    return Launch(
+        sum_partials_kernel,
+        (triton.cdiv(n, block),),
+        (partial, out, parts, n, n, out.strides[0]),
+        {"BLOCK_P": 64, "BLOCK_N": block, "WIDE": False, "num_warps": 4},
+    )

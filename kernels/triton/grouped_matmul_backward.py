@@ -14,8 +14,11 @@ def prepare(grad, a, b, offsets, grad_a=None, grad_b=None, *, allow_tf32=False, 
     launches = []
     if grad_a is not None and grad_a.numel():
         transposed = (b.strides[0], b.strides[2], b.strides[1])
-        launches.append(_grouped.rows_launch(grad, b, transposed, offsets, grad_a, grad_a.shape[1], grad.shape[1],
-                                             allow_tf32, config))
+        launches.append(
+            _grouped.rows_launch(
+                grad, b, transposed, offsets, grad_a, grad_a.shape[1], grad.shape[1], allow_tf32, config
+            )
+        )
     if grad_b is not None and grad_b.numel():
         launches.append(_grouped.weights_launch(a, grad, offsets, grad_b, allow_tf32, config))
     return launches

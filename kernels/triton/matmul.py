@@ -11,22 +11,61 @@ On Hopper and later, operands that a TMA descriptor can describe go through _mat
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
 from . import _matmul_descriptor
 from ._launch import Launch, Scratch
-from ._layout import (MAX_GRID, architecture, loops, merge_loops, next_power, override, product, read_config, refuse_dtypes,
-                      refuse_loops, units, wide)
+from ._layout import (
+    MAX_GRID,
+    architecture,
+    loops,
+    merge_loops,
+    next_power,
+    override,
+    product,
+    read_config,
+    refuse_dtypes,
+    refuse_loops,
+    units,
+    wide,
+)
 from ._tiles import loop_offset, store_epilogue, tile_position
 
 
 @triton.jit
-def matmul_kernel(a_ptr, b_ptr, bias_ptr, residual_ptr, y_ptr, preactivation_ptr, partial_ptr, a_strides, b_strides,
-                  residual_strides, y_strides, preactivation_strides, bias_stride, sizes, batch, m, n, k,
-                  ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_M: tl.constexpr,
-                  EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
+def matmul_kernel(
+    a_ptr,
+    b_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    preactivation_ptr,
+    partial_ptr,
+    a_strides,
+    b_strides,
+    residual_strides,
+    y_strides,
+    preactivation_strides,
+    bias_stride,
+    sizes,
+    batch,
+    m,
+    n,
+    k,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
     pid = tl.program_id(0)
     split = pid % SPLIT_K
     pid = pid // SPLIT_K
@@ -42,10 +81,16 @@ def matmul_kernel(a_ptr, b_ptr, bias_ptr, residual_ptr, y_ptr, preactivation_ptr
     row_at = rows.to(tl.int64) if WIDE else rows
     col_at = cols.to(tl.int64) if WIDE else cols
     inner_at = inner.to(tl.int64) if WIDE else inner
-    a_at = a_ptr + loop_offset(index, sizes, a_strides) + (row_at[:, None] * a_strides[3] + inner_at[None, :] *
-                                                           a_strides[4])
-    b_at = b_ptr + loop_offset(index, sizes, b_strides) + (inner_at[:, None] * b_strides[3] + col_at[None, :] *
-                                                           b_strides[4])
+    a_at = (
+        a_ptr
+        + loop_offset(index, sizes, a_strides)
+        + (row_at[:, None] * a_strides[3] + inner_at[None, :] * a_strides[4])
+    )
+    b_at = (
+        b_ptr
+        + loop_offset(index, sizes, b_strides)
+        + (inner_at[:, None] * b_strides[3] + col_at[None, :] * b_strides[4])
+    )
     a_step = BLOCK_K * tl.cast(a_strides[4], tl.int64) if WIDE else BLOCK_K * a_strides[4]
     b_step = BLOCK_K * tl.cast(b_strides[3], tl.int64) if WIDE else BLOCK_K * b_strides[3]
     a_mask = (rows < m)[:, None]
@@ -75,9 +120,23 @@ def matmul_kernel(a_ptr, b_ptr, bias_ptr, residual_ptr, y_ptr, preactivation_ptr
             residual_base = residual_ptr + loop_offset(index, sizes, residual_strides)
         if preactivation_ptr is not None:
             preactivation_base = preactivation_ptr + loop_offset(index, sizes, preactivation_strides)
-        store_epilogue(acc, bias_ptr, residual_base, y_ptr + loop_offset(index, sizes, y_strides), preactivation_base,
-                       residual_strides, y_strides, preactivation_strides, bias_stride, rows, cols, m, n, ACTIVATION,
-                       WIDE)
+        store_epilogue(
+            acc,
+            bias_ptr,
+            residual_base,
+            y_ptr + loop_offset(index, sizes, y_strides),
+            preactivation_base,
+            residual_strides,
+            y_strides,
+            preactivation_strides,
+            bias_stride,
+            rows,
+            cols,
+            m,
+            n,
+            ACTIVATION,
+            WIDE,
+        )
     else:
         matrix = (split.to(tl.int64) * batch + index) * m
         at = (matrix + rows)[:, None] * n + cols[None, :]
@@ -85,9 +144,26 @@ def matmul_kernel(a_ptr, b_ptr, bias_ptr, residual_ptr, y_ptr, preactivation_ptr
 
 
 @triton.jit
-def matmul_combine_kernel(partial_ptr, bias_ptr, residual_ptr, y_ptr, preactivation_ptr, residual_strides, y_strides,
-                          preactivation_strides, bias_stride, sizes, batch, m, n, ACTIVATION: tl.constexpr,
-                          SPLIT_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def matmul_combine_kernel(
+    partial_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    preactivation_ptr,
+    residual_strides,
+    y_strides,
+    preactivation_strides,
+    bias_stride,
+    sizes,
+    batch,
+    m,
+    n,
+    ACTIVATION: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Adds the SPLIT_K partial products in order, then the epilogue."""
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
@@ -99,7 +175,7 @@ def matmul_combine_kernel(partial_ptr, bias_ptr, residual_ptr, y_ptr, preactivat
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     at = (index.to(tl.int64) * m + rows)[:, None] * n + cols[None, :]
     step = tl.cast(batch, tl.int64) * m * n
-    for part in range(0, SPLIT_K):
+    for part in range(SPLIT_K):
         acc += tl.load(partial_ptr + part * step + at, mask=mask, other=0.0)
     residual_base = residual_ptr
     preactivation_base = preactivation_ptr
@@ -107,22 +183,65 @@ def matmul_combine_kernel(partial_ptr, bias_ptr, residual_ptr, y_ptr, preactivat
         residual_base = residual_ptr + loop_offset(index, sizes, residual_strides)
     if preactivation_ptr is not None:
         preactivation_base = preactivation_ptr + loop_offset(index, sizes, preactivation_strides)
-    store_epilogue(acc, bias_ptr, residual_base, y_ptr + loop_offset(index, sizes, y_strides), preactivation_base,
-                   residual_strides, y_strides, preactivation_strides, bias_stride, rows, cols, m, n, ACTIVATION, WIDE)
+    store_epilogue(
+        acc,
+        bias_ptr,
+        residual_base,
+        y_ptr + loop_offset(index, sizes, y_strides),
+        preactivation_base,
+        residual_strides,
+        y_strides,
+        preactivation_strides,
+        bias_stride,
+        rows,
+        cols,
+        m,
+        n,
+        ACTIVATION,
+        WIDE,
+    )
 
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, share of peak that a full machine of such tiles reaches) for each family.
 TILES = {
-    "hopper": ((128, 256, 64, 8, 3, 1.0), (128, 128, 64, 8, 4, 0.88), (64, 256, 64, 4, 4, 0.8), (128, 64, 64, 4, 4, 0.68),
-               (64, 128, 64, 4, 4, 0.68), (64, 64, 64, 4, 5, 0.45), (16, 64, 128, 4, 4, 0.12)),
-    "blackwell": ((128, 256, 64, 8, 3, 1.0), (128, 128, 64, 8, 4, 0.8), (128, 64, 64, 4, 4, 0.6), (64, 64, 64, 4, 5, 0.4),
-                  (16, 64, 128, 4, 4, 0.1)),
-    "ampere": ((128, 256, 32, 8, 3, 1.0), (128, 128, 32, 4, 4, 0.95), (128, 64, 32, 4, 4, 0.75), (64, 64, 64, 4, 4, 0.55),
-               (32, 64, 64, 4, 4, 0.35), (16, 64, 128, 4, 4, 0.2)),
-    "consumer": ((128, 128, 32, 4, 3, 1.0), (128, 64, 32, 4, 4, 0.85), (64, 64, 64, 4, 3, 0.65), (32, 64, 64, 4, 4, 0.4),
-                 (16, 64, 128, 4, 3, 0.25)),
-    "cdna": ((256, 128, 32, 8, 2, 1.0), (128, 128, 64, 4, 2, 0.9), (128, 64, 64, 4, 2, 0.7), (64, 64, 64, 4, 2, 0.5),
-             (16, 64, 128, 4, 2, 0.15)),
+    "hopper": (
+        (128, 256, 64, 8, 3, 1.0),
+        (128, 128, 64, 8, 4, 0.88),
+        (64, 256, 64, 4, 4, 0.8),
+        (128, 64, 64, 4, 4, 0.68),
+        (64, 128, 64, 4, 4, 0.68),
+        (64, 64, 64, 4, 5, 0.45),
+        (16, 64, 128, 4, 4, 0.12),
+    ),
+    "blackwell": (
+        (128, 256, 64, 8, 3, 1.0),
+        (128, 128, 64, 8, 4, 0.8),
+        (128, 64, 64, 4, 4, 0.6),
+        (64, 64, 64, 4, 5, 0.4),
+        (16, 64, 128, 4, 4, 0.1),
+    ),
+    "ampere": (
+        (128, 256, 32, 8, 3, 1.0),
+        (128, 128, 32, 4, 4, 0.95),
+        (128, 64, 32, 4, 4, 0.75),
+        (64, 64, 64, 4, 4, 0.55),
+        (32, 64, 64, 4, 4, 0.35),
+        (16, 64, 128, 4, 4, 0.2),
+    ),
+    "consumer": (
+        (128, 128, 32, 4, 3, 1.0),
+        (128, 64, 32, 4, 4, 0.85),
+        (64, 64, 64, 4, 3, 0.65),
+        (32, 64, 64, 4, 4, 0.4),
+        (16, 64, 128, 4, 3, 0.25),
+    ),
+    "cdna": (
+        (256, 128, 32, 8, 2, 1.0),
+        (128, 128, 64, 4, 2, 0.9),
+        (128, 64, 64, 4, 2, 0.7),
+        (64, 64, 64, 4, 2, 0.5),
+        (16, 64, 128, 4, 2, 0.15),
+    ),
     "float32": ((128, 64, 16, 8, 3, 1.0), (64, 64, 16, 4, 3, 0.9), (32, 64, 32, 4, 3, 0.6), (16, 64, 64, 4, 3, 0.35)),
     "interpreter": ((128, 128, 64, 4, 1, 1.0), (64, 64, 64, 4, 1, 0.9), (16, 64, 128, 4, 1, 0.2)),
 }
@@ -150,8 +269,15 @@ def choose(batch, m, n, k, dtype, tf32, sms, invariant=False, loaded=False):
     if invariant:
         # rows must not depend on how many there are: one tile, no split
         bm, bn, bk, warps, stages, _ = tiles[1]
-        return {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "GROUP_M": 8, "SPLIT_K": 1, "num_warps": warps,
-                "num_stages": stages}
+        return {
+            "BLOCK_M": bm,
+            "BLOCK_N": bn,
+            "BLOCK_K": bk,
+            "GROUP_M": 8,
+            "SPLIT_K": 1,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
     if m <= 32 and not exact:
         # bandwidth: narrow tiles of b, each k slice long enough to stream, all multiprocessors twice busy
         bm, bn, bk, warps, stages, _ = tiles[-1]
@@ -159,11 +285,18 @@ def choose(batch, m, n, k, dtype, tf32, sms, invariant=False, loaded=False):
         grid, depth, split = batch * triton.cdiv(n, bn), triton.cdiv(k, bk), 1
         while grid * split < sms and depth // (2 * split) >= 4:
             split *= 2
-        return {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "GROUP_M": 8, "SPLIT_K": split, "num_warps": warps,
-                "num_stages": stages}
+        return {
+            "BLOCK_M": bm,
+            "BLOCK_N": bn,
+            "BLOCK_K": bk,
+            "GROUP_M": 8,
+            "SPLIT_K": split,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
     best = None
     for bm, bn, bk, warps, stages, share in tiles:
-        if bm > 64 and bm >= 2 * next_power(m) or bn > 64 and bn >= 2 * next_power(n):
+        if (bm > 64 and bm >= 2 * next_power(m)) or (bn > 64 and bn >= 2 * next_power(n)):
             continue
         grid = batch * triton.cdiv(m, bm) * triton.cdiv(n, bn)
         depth = triton.cdiv(k, bk)
@@ -181,18 +314,24 @@ def choose(batch, m, n, k, dtype, tf32, sms, invariant=False, loaded=False):
     _, bm, bn, bk, warps, stages, split = best
     if bm * bn == 128 * 128 and warps == 4 and (loaded or m % bm or n % bn or k % bk):
         warps = 8  # 128 accumulators a thread leave no registers for masks or a long epilogue
-    return {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "GROUP_M": 8, "SPLIT_K": split, "num_warps": warps,
-            "num_stages": stages}
+    return {
+        "BLOCK_M": bm,
+        "BLOCK_N": bn,
+        "BLOCK_K": bk,
+        "GROUP_M": 8,
+        "SPLIT_K": split,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def fold(a, b, residual, y, preactivation):
     """(loop sizes, m, strides of a, b, residual, y, preactivation with core strides last), batch folded into m
     where all matrices share b."""
     views = [a, residual, y, preactivation]
-    core = [2] * 4
     m = a.shape[-2]
     loop_sizes = y.shape[:-2]
-    if all(stride == 0 or size == 1 for size, stride in zip(loop_sizes, b.strides)):
+    if all(stride == 0 or size == 1 for size, stride in zip(loop_sizes, b.strides, strict=False)):
         present = [v for v in views if v is not None]
         merged, strides = merge_loops(y.shape[:-1], [v.strides[:-1] for v in present])
         if len(merged) <= 4:
@@ -206,8 +345,10 @@ def fold(a, b, residual, y, preactivation):
             sizes = (1,) * pad + merged[:-1]
             return sizes, rows, [full[0], (0, 0, 0, *b.strides[-2:]), *full[1:]]
     sizes, strides = loops([a, b, residual, y, preactivation], [2] * 5)
-    strides = [s + (v.strides[-2:] if v is not None else (0, 0))
-               for s, v in zip(strides, [a, b, residual, y, preactivation])]
+    strides = [
+        s + (v.strides[-2:] if v is not None else (0, 0))
+        for s, v in zip(strides, [a, b, residual, y, preactivation], strict=True)
+    ]
     return sizes, m, strides
 
 
@@ -216,8 +357,7 @@ def supports(a, b, bias=None, residual=None, y=None, preactivation=None, *, acti
     return refuse_dtypes(views) or refuse_loops([a, b, residual, y, preactivation], [2] * 5)
 
 
-def prepare(a, b, bias=None, residual=None, y=None, preactivation=None, *, activation=0, allow_tf32=False,
-            config=None):
+def prepare(a, b, bias=None, residual=None, y=None, preactivation=None, *, activation=0, allow_tf32=False, config=None):
     """config: numbers of the tile; "batch_invariant" asks for one tile shape and no split whatever the size."""
     if y.numel() == 0:
         return []
@@ -229,39 +369,102 @@ def prepare(a, b, bias=None, residual=None, y=None, preactivation=None, *, activ
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
     loaded = int(activation) != 0 or residual is not None or preactivation is not None
     meta = override(choose(batch, m, n, k, a.dtype, tf32, units(a.device), invariant, loaded), config)
-    plain = pointer_launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, int(activation),
-                             tf32, meta)
+    plain = pointer_launches(
+        a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, int(activation), tf32, meta
+    )
     if forced is False or invariant or meta["SPLIT_K"] > 1:  # invariant: the other kernel would depend on m
         return plain
-    return _matmul_descriptor.launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides,
-                                       int(activation), tf32, meta, plain, forced) or plain
+    return (
+        _matmul_descriptor.launches(
+            a,
+            b,
+            bias,
+            residual,
+            y,
+            preactivation,
+            sizes,
+            batch,
+            m,
+            n,
+            k,
+            strides,
+            int(activation),
+            tf32,
+            meta,
+            plain,
+            forced,
+        )
+        or plain
+    )
 
 
 def pointer_launches(a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, activation, tf32, meta):
     a_strides, b_strides, residual_strides, y_strides, preactivation_strides = strides
     split = meta["SPLIT_K"]
     bias_stride = bias.strides[0] if bias is not None else 0
-    is_wide = wide((m, a_strides[3]), (k, a_strides[4]), (k, b_strides[3]), (n, b_strides[4]), (m, y_strides[3]),
-                   (n, y_strides[4]), (m, residual_strides[3]), (n, residual_strides[4]),
-                   (m, preactivation_strides[3]), (n, preactivation_strides[4]), (m, n)) or any(
-        (s0 - 1) * t[3] + (s1 - 1) * t[4] >= 2**31 - 2**20 for (s0, s1), t in
-        zip(((m, k), (k, n), (m, n), (m, n), (m, n)), strides))
+    is_wide = wide(
+        (m, a_strides[3]),
+        (k, a_strides[4]),
+        (k, b_strides[3]),
+        (n, b_strides[4]),
+        (m, y_strides[3]),
+        (n, y_strides[4]),
+        (m, residual_strides[3]),
+        (n, residual_strides[4]),
+        (m, preactivation_strides[3]),
+        (n, preactivation_strides[4]),
+        (m, n),
+    ) or any(
+        (s0 - 1) * t[3] + (s1 - 1) * t[4] >= 2**31 - 2**20
+        for (s0, s1), t in zip(((m, k), (k, n), (m, n), (m, n), (m, n)), strides, strict=True)
+    )
     tiles = batch * triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"])
     if tiles * split > MAX_GRID:
         raise ValueError(f"{tiles * split} tiles exceed the grid")
     partial = Scratch((split, batch, m, n), torch.float32) if split > 1 else None
-    out = Launch(matmul_kernel, (tiles * split,),
-                 (a, b, bias, residual, y, preactivation, partial, *strides, bias_stride, sizes, batch, m, n, k),
-                 {"ACTIVATION": activation, "PRECISION": "tf32" if tf32 else "ieee", "WIDE": is_wide,
-                  "EVEN_M": m % meta["BLOCK_M"] == 0, "EVEN_N": n % meta["BLOCK_N"] == 0,
-                  "EVEN_K": k % (meta["BLOCK_K"]) == 0, **meta})
+    out = Launch(
+        matmul_kernel,
+        (tiles * split,),
+        (a, b, bias, residual, y, preactivation, partial, *strides, bias_stride, sizes, batch, m, n, k),
+        {
+            "ACTIVATION": activation,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "WIDE": is_wide,
+            "EVEN_M": m % meta["BLOCK_M"] == 0,
+            "EVEN_N": n % meta["BLOCK_N"] == 0,
+            "EVEN_K": k % (meta["BLOCK_K"]) == 0,
+            **meta,
+        },
+    )
     if split == 1:
         return [out]
     block_m = min(next_power(m), 16)
     block_n = 128
-    combine = Launch(matmul_combine_kernel, (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
-                     (partial, bias, residual, y, preactivation, residual_strides, y_strides, preactivation_strides,
-                      bias_stride, sizes, batch, m, n),
-                     {"ACTIVATION": activation, "SPLIT_K": split, "WIDE": is_wide, "BLOCK_M": block_m,
-                      "BLOCK_N": block_n, "num_warps": 4})
+    combine = Launch(
+        matmul_combine_kernel,
+        (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
+        (
+            partial,
+            bias,
+            residual,
+            y,
+            preactivation,
+            residual_strides,
+            y_strides,
+            preactivation_strides,
+            bias_stride,
+            sizes,
+            batch,
+            m,
+            n,
+        ),
+        {
+            "ACTIVATION": activation,
+            "SPLIT_K": split,
+            "WIDE": is_wide,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "num_warps": 4,
+        },
+    )
     return [out, combine]

@@ -4,11 +4,14 @@ from . import _norm
 
 
 def supports(grad, grad_sum=None, x=None, weight=None, grad_x=None, grad_weight=None, *, eps=1e-6, weight_offset=0.0):
-    return _norm.supports(x, {"grad": grad, "grad_sum": grad_sum, "weight": weight, "grad_x": grad_x,
-                              "grad_weight": grad_weight})
+    return _norm.supports(
+        x, {"grad": grad, "grad_sum": grad_sum, "weight": weight, "grad_x": grad_x, "grad_weight": grad_weight}
+    )
 
 
-def prepare(grad, grad_sum=None, x=None, weight=None, grad_x=None, grad_weight=None, *, eps=1e-6, weight_offset=0.0,
-            config=None):
-    return _norm.backward(False, grad, grad_sum, x, weight, grad_x, grad_weight, None, float(eps),
-                          float(weight_offset), config)
+def prepare(
+    grad, grad_sum=None, x=None, weight=None, grad_x=None, grad_weight=None, *, eps=1e-6, weight_offset=0.0, config=None
+):
+    return _norm.backward(
+        False, grad, grad_sum, x, weight, grad_x, grad_weight, None, float(eps), float(weight_offset), config
+    )

@@ -17,20 +17,25 @@ CHUNK = 4096
 
 
 @triton.jit
-def softmax_kernel(x_ptr, y_ptr, x_strides, y_strides, sizes, rows, n, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-                   WIDE: tl.constexpr):
+def softmax_kernel(
+    x_ptr, y_ptr, x_strides, y_strides, sizes, rows, n, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)
     at = cols.to(tl.int64) if WIDE else cols
     mask = (row < rows)[:, None] & (cols < n)[None, :]
-    x = tl.load(x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask,
-                other=-float("inf")).to(tl.float32)
+    x = tl.load(
+        x_ptr + loop_offset(row, sizes, x_strides)[:, None] + at[None, :] * x_strides[3], mask=mask, other=-float("inf")
+    ).to(tl.float32)
     top = tl.max(x, axis=1)
     power = tl.exp(x - top[:, None])
     power = tl.where(mask, power, 0.0)
     y = power / tl.sum(power, axis=1)[:, None]
-    tl.store(y_ptr + loop_offset(row, sizes, y_strides)[:, None] + at[None, :] * y_strides[3],
-             y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        y_ptr + loop_offset(row, sizes, y_strides)[:, None] + at[None, :] * y_strides[3],
+        y.to(y_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -69,15 +74,27 @@ def prepare(x, y, *, config=None):
     if x.numel() == 0:
         return []
     sizes, strides = loops([x, y], [1, 1])
-    strides = [s + (v.strides[-1],) for s, v in zip(strides, [x, y])]
+    strides = [(*s, v.strides[-1]) for s, v in zip(strides, [x, y], strict=True)]
     rows = product(sizes)
     is_wide = wide(*((n, s[3]) for s in strides))
-    if n <= WHOLE_ROW and next_power(n) * 3 <= n * 5 or n <= CHUNK:
+    if (n <= WHOLE_ROW and next_power(n) * 3 <= n * 5) or n <= CHUNK:
         block_n = next_power(n, 16)
         tile = max(1, min(2048 // block_n, 64))
-        meta = override({"ROWS": tile, "BLOCK_N": block_n,
-                         "num_warps": max(1, min(16 if block_n < 32768 else 32, tile * block_n // 512))}, config)
-        return [Launch(softmax_kernel, (triton.cdiv(rows, meta["ROWS"]),), (x, y, *strides, sizes, rows, n),
-                       {"WIDE": is_wide, **meta})]
+        meta = override(
+            {
+                "ROWS": tile,
+                "BLOCK_N": block_n,
+                "num_warps": max(1, min(16 if block_n < 32768 else 32, tile * block_n // 512)),
+            },
+            config,
+        )
+        return [
+            Launch(
+                softmax_kernel,
+                (triton.cdiv(rows, meta["ROWS"]),),
+                (x, y, *strides, sizes, rows, n),
+                {"WIDE": is_wide, **meta},
+            )
+        ]
     meta = override({"BLOCK_N": CHUNK, "num_warps": 8}, config)
     return [Launch(softmax_wide_kernel, (rows,), (x, y, *strides, sizes, n), {"WIDE": is_wide, **meta})]

@@ -16,8 +16,24 @@ def philox(seed, key, query, head):
     return c[0]
 
 
-def attention(q, k, v, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None, dropout_seed=None, *,
-              dropout_p=0.0, is_causal=0, scale=1.0, bottom_right=0, window_left=-1, window_right=-1, softcap=0.0):
+def attention(
+    q,
+    k,
+    v,
+    attn_mask=None,
+    sinks=None,
+    alibi_slopes=None,
+    seqlens_k=None,
+    dropout_seed=None,
+    *,
+    dropout_p=0.0,
+    is_causal=0,
+    scale=1.0,
+    bottom_right=0,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+):
     """q [b, hq, sq, d], k [b, hk, sk, d], v [b, hk, sk, dv], all float64 -> out, lse."""
     b, hq, sq, _ = q.shape
     hk, sk = k.shape[1], k.shape[2]
@@ -50,8 +66,12 @@ def attention(q, k, v, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=
     lse = whole.masked_fill(empty, 0.0).logsumexp(-1) if whole.shape[-1] else torch.zeros(b, hq, sq, dtype=q.dtype)
     p = (s - lse[..., None]).exp().masked_fill(empty | ~visible, 0.0)
     if dropout_p > 0:
-        word = philox(int(dropout_seed), j.numpy().astype(np.uint64), i.numpy().astype(np.uint64),
-                      np.arange(b * hq, dtype=np.uint64).reshape(b, hq, 1, 1))
+        word = philox(
+            int(dropout_seed),
+            j.numpy().astype(np.uint64),
+            i.numpy().astype(np.uint64),
+            np.arange(b * hq, dtype=np.uint64).reshape(b, hq, 1, 1),
+        )
         keep = torch.from_numpy((word >> np.uint64(8)).astype(np.int64)) * 2.0**-24 >= dropout_p
         p = p * keep / (1 - dropout_p)
     out = p @ v

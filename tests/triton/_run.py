@@ -34,8 +34,9 @@ def close(got, want, dtype, scale=None, factor=1.0, what=""):
     assert got.shape == want.shape, (got.shape, want.shape)
     assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
     finite = want.isfinite()
-    assert torch.equal(torch.where(finite, 0.0, got).nan_to_num(7.0), torch.where(finite, 0.0, want).nan_to_num(7.0)), \
+    assert torch.equal(torch.where(finite, 0.0, got).nan_to_num(7.0), torch.where(finite, 0.0, want).nan_to_num(7.0)), (
         f"{what}: infinity in other places"
+    )
     if scale is None:
         scale = want[finite].abs().max() if finite.any() else 1.0
     bound = factor * (2 * unit * want.abs() + 16 * 2.0**-23 * scale + 1e-30)

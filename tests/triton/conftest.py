@@ -1,4 +1,4 @@
-"""Kernel tests run in a process of their own, started with TRITON_INTERPRET=1: `TRITON_INTERPRET=1 pytest tests/triton`."""
+"""Kernel tests run in a process of their own: `TRITON_INTERPRET=1 pytest tests/triton`."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent != Path(__file__).parent:
             continue
-        if INTERPRETED == (item.path.name in NEEDS_COMPILER):
+        if (item.path.name in NEEDS_COMPILER) == INTERPRETED:
             why = "compiles kernels" if INTERPRETED else "interprets kernels; test_interpreted.py starts that process"
             item.add_marker(pytest.mark.skip(reason=why))
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target; the full table is bench/triton_aot.py. Here: one shard of it for each target."""
+"""Every kernel compiles for every target: one shard of bench/triton_aot.py's table for each target."""
 
 import subprocess
 import sys
@@ -12,6 +12,13 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 @pytest.mark.parametrize("index,target", enumerate(TARGETS))
 def test_kernels_compile(index, target):
-    command = [sys.executable, ROOT / "bench" / "triton_aot.py", "--targets", target, "--shard", f"{index}/{len(TARGETS)}"]
+    command = [
+        sys.executable,
+        ROOT / "bench" / "triton_aot.py",
+        "--targets",
+        target,
+        "--shard",
+        f"{index}/{len(TARGETS)}",
+    ]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout[-4000:]

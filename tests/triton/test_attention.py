@@ -6,30 +6,51 @@ from _attention_truth import attention
 from _run import close, poisoned, run
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NO_OPTION = dict(dropout_p=0.0, is_causal=0, scale=0.2, bottom_right=0, window_left=-1, window_right=-1, softcap=0.0)
+NO_OPTION = {
+    "dropout_p": 0.0,
+    "is_causal": 0,
+    "scale": 0.2,
+    "bottom_right": 0,
+    "window_left": -1,
+    "window_right": -1,
+    "softcap": 0.0,
+}
 OPTIONS = {
     "plain": {},
-    "causal": dict(is_causal=1),
-    "causal bottom right": dict(is_causal=1, bottom_right=1),
-    "window": dict(window_left=20, window_right=9),
-    "left window causal": dict(window_left=33, is_causal=1, bottom_right=1),
-    "narrow": dict(window_left=0, window_right=0),
-    "softcap": dict(softcap=2.0),
-    "sinks": dict(sinks=True),
-    "alibi": dict(alibi_slopes=True, bottom_right=1),
-    "bool mask": dict(attn_mask="bool"),
-    "float mask": dict(attn_mask="float", is_causal=1),
-    "lengths": dict(seqlens_k=True, bottom_right=1, is_causal=1),
-    "lengths plain": dict(seqlens_k=True),
-    "dropout": dict(dropout_p=0.3),
-    "zero scale": dict(scale=0.0, is_causal=1),
-    "negative scale": dict(scale=-0.3, is_causal=1),
-    "everything": dict(is_causal=1, bottom_right=1, window_left=50, softcap=3.0, sinks=True, alibi_slopes=True,
-                       attn_mask="float", seqlens_k=True, dropout_p=0.2),
+    "causal": {"is_causal": 1},
+    "causal bottom right": {"is_causal": 1, "bottom_right": 1},
+    "window": {"window_left": 20, "window_right": 9},
+    "left window causal": {"window_left": 33, "is_causal": 1, "bottom_right": 1},
+    "narrow": {"window_left": 0, "window_right": 0},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "alibi": {"alibi_slopes": True, "bottom_right": 1},
+    "bool mask": {"attn_mask": "bool"},
+    "float mask": {"attn_mask": "float", "is_causal": 1},
+    "lengths": {"seqlens_k": True, "bottom_right": 1, "is_causal": 1},
+    "lengths plain": {"seqlens_k": True},
+    "dropout": {"dropout_p": 0.3},
+    "zero scale": {"scale": 0.0, "is_causal": 1},
+    "negative scale": {"scale": -0.3, "is_causal": 1},
+    "everything": {
+        "is_causal": 1,
+        "bottom_right": 1,
+        "window_left": 50,
+        "softcap": 3.0,
+        "sinks": True,
+        "alibi_slopes": True,
+        "attn_mask": "float",
+        "seqlens_k": True,
+        "dropout_p": 0.2,
+    },
 }
 # batch, query heads, key heads, queries, keys, d, dv
-SHAPES = {"prefill": (2, 4, 2, 100, 130, 24, 40), "square": (1, 2, 2, 128, 128, 32, 32), "decode": (2, 6, 2, 1, 300, 16, 16),
-          "short": (2, 4, 1, 7, 150, 20, 8)}
+SHAPES = {
+    "prefill": (2, 4, 2, 100, 130, 24, 40),
+    "square": (1, 2, 2, 128, 128, 32, 32),
+    "decode": (2, 6, 2, 1, 300, 16, 16),
+    "short": (2, 4, 1, 7, 150, 20, 8),
+}
 
 
 def case(shape, option, dtype, layout="plain"):
@@ -38,11 +59,13 @@ def case(shape, option, dtype, layout="plain"):
     tensors = {}
     if layout == "plain":
         tensors["query"], tensors["key"], tensors["value"] = (
-            torch.randn(b, h, s, w).to(dtype) for h, s, w in ((hq, sq, d), (hk, sk, d), (hk, sk, dv)))
+            torch.randn(b, h, s, w).to(dtype) for h, s, w in ((hq, sq, d), (hk, sk, d), (hk, sk, dv))
+        )
     else:
         tensors["query"], tensors["key"], tensors["value"] = (
             torch.randn(b, s, h, 2 * w).to(dtype)[..., ::2].transpose(1, 2)
-            for h, s, w in ((hq, sq, d), (hk, sk, d), (hk, sk, dv)))
+            for h, s, w in ((hq, sq, d), (hk, sk, d), (hk, sk, dv))
+        )
     mask = chosen.pop("attn_mask", None)
     if mask:
         tensors["attn_mask"] = torch.rand(b, 1, sq, sk).expand(b, hq, sq, sk) < 0.6
@@ -61,24 +84,32 @@ def case(shape, option, dtype, layout="plain"):
 
 
 def truth(tensors, scalars, grad_out=None, grad_lse=None):
-    floats = {name: t.double().requires_grad_() for name, t in tensors.items()
-              if name in ("query", "key", "value", "sinks") or name == "attn_mask" and t.dtype != torch.bool}
+    floats = {
+        name: t.double().requires_grad_()
+        for name, t in tensors.items()
+        if name in ("query", "key", "value", "sinks") or (name == "attn_mask" and t.dtype != torch.bool)
+    }
     named = {**tensors, **floats}
     out, lse = attention(named.pop("query"), named.pop("key"), named.pop("value"), **named, **scalars)
     if grad_out is None:
         return out.detach(), lse.detach()
     live = lse != -float("inf")
     ((out * grad_out.double()).sum() + torch.where(live, lse, 0.0).mul(grad_lse.double()).sum()).backward()
-    return out.detach(), lse.detach(), {name: t.grad if t.grad is not None else torch.zeros_like(t)
-                                        for name, t in floats.items()}
+    return (
+        out.detach(),
+        lse.detach(),
+        {name: t.grad if t.grad is not None else torch.zeros_like(t) for name, t in floats.items()},
+    )
 
 
 def forward(tensors, scalars, dtype, config=None):
     b, hq, sq, _ = tensors["query"].shape
     dv = tensors["value"].shape[-1]
     outputs = {"out": poisoned((b, hq, sq, dv), dtype), "lse": poisoned((b, hq, sq))}
-    inputs = {name: tensors.get(name) for name in ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes",
-                                                   "seqlens_k", "dropout_seed")}
+    inputs = {
+        name: tensors.get(name)
+        for name in ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_k", "dropout_seed")
+    }
     run("attention", inputs, outputs, config=config, **scalars)
     return inputs, outputs
 
@@ -135,8 +166,13 @@ def test_hidden_values_never_reach_the_result(dtype):
 
 
 def test_empty_sizes():
-    for shape in ((2, 2, 1, 0, 5, 8, 8), (2, 2, 1, 4, 0, 8, 8), (0, 2, 1, 4, 5, 8, 8), (1, 2, 1, 4, 5, 0, 8),
-                  (1, 2, 1, 4, 5, 8, 0)):
+    for shape in (
+        (2, 2, 1, 0, 5, 8, 8),
+        (2, 2, 1, 4, 0, 8, 8),
+        (0, 2, 1, 4, 5, 8, 8),
+        (1, 2, 1, 4, 5, 0, 8),
+        (1, 2, 1, 4, 5, 8, 0),
+    ):
         tensors, scalars = case(shape, "sinks", torch.float32)
         out, lse = truth(tensors, scalars)
         outputs = forward(tensors, scalars, torch.float32)[1]
@@ -149,16 +185,22 @@ def test_empty_sizes():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_attention_gradients_match_float64(dtype, shape, option):
     tensors, scalars = case(SHAPES[shape], option, dtype, "stepped" if shape == "short" else "plain")
-    q, k, v = (tensors[name] for name in ("query", "key", "value"))
+    q, _k, v = (tensors[name] for name in ("query", "key", "value"))
     grad_out, grad_lse = torch.randn(*q.shape[:-1], v.shape[-1]).to(dtype), torch.randn(q.shape[:-1])
     out, lse, grads = truth(tensors, scalars, grad_out, grad_lse)
-    inputs = {name: tensors.get(name) for name in ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes",
-                                                   "seqlens_k", "dropout_seed")}
+    inputs = {
+        name: tensors.get(name)
+        for name in ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_k", "dropout_seed")
+    }
     outputs = {f"grad_{name}": poisoned(tensors[name].shape, dtype) for name in ("query", "key", "value")}
     outputs["grad_attn_mask"] = poisoned(tensors["attn_mask"].shape) if "attn_mask" in grads else None
     outputs["grad_sinks"] = poisoned(tensors["sinks"].shape) if "sinks" in grads else None
-    run("attention_backward", {"grad_out": grad_out, "grad_lse": grad_lse, **inputs, "out": out.to(dtype),
-                               "lse": lse.float()}, outputs, **scalars)
+    run(
+        "attention_backward",
+        {"grad_out": grad_out, "grad_lse": grad_lse, **inputs, "out": out.to(dtype), "lse": lse.float()},
+        outputs,
+        **scalars,
+    )
     # the score's gradient is rounded to the operands' type before its products, and delta takes the rounded result
     unit = 64.0 if dtype == torch.float32 else 2.0**-6 / 2.0**-23 * (1 if dtype == torch.bfloat16 else 0.25) / 16
     for name, grad in grads.items():

@@ -64,8 +64,10 @@ def _check():
     results = {}
     x, w, y = torch.randn(64, 256).bfloat16(), torch.randn(256), torch.empty(64, 256).bfloat16()
     a, b, c = (torch.empty(256, 256, dtype=torch.bfloat16) for _ in range(3))
-    for op, tensors, scalars in (("rms_norm", {"x": x, "weight": w, "y": y}, {"eps": 1e-6}),
-                                 ("matmul", {"a": a, "b": b, "y": c}, {"activation": 2})):
+    for op, tensors, scalars in (
+        ("rms_norm", {"x": x, "weight": w, "y": y}, {"eps": 1e-6}),
+        ("matmul", {"a": a, "b": b, "y": c}, {"activation": 2}),
+    ):
         module = kernel(op)
         views = {name: launch_module.View.of(t) for name, t in tensors.items()}
         launches = module.prepare(**views, **scalars)
@@ -75,7 +77,7 @@ def _check():
             replay.run(list(tensors.values()))
         assert len(log) == 2 * len(launches), log
         half = len(log) // 2
-        for (name, first), (again, second) in zip(log[:half], log[half:]):
+        for (name, first), (again, second) in zip(log[:half], log[half:], strict=True):
             assert name == again
             # grid, stream, function, metadata; then launch metadata and hooks, which are nobody's; then arguments
             assert _plain(first[:6]) == _plain(second[:6])

@@ -39,8 +39,13 @@ def test_matmul_epilogue_matches_float64(dtype, activation, config):
     b = b[:1].expand(2, k, n) / 8
     bias, residual = torch.randn(2 * n)[::2], torch.randn(2, n, m).transpose(1, 2)
     y, z = poisoned((2, m, n), dtype), poisoned((2, m, n), dtype)
-    run("matmul", {"a": a, "b": b, "bias": bias, "residual": residual}, {"y": y, "preactivation": z}, config=config,
-        activation=activation)
+    run(
+        "matmul",
+        {"a": a, "b": b, "bias": bias, "residual": residual},
+        {"y": y, "preactivation": z},
+        config=config,
+        activation=activation,
+    )
     exact = a.double() @ b.double() + bias.double()
     close(z, exact, dtype, what="preactivation", factor=2)
     close(y, ACTIVATIONS[activation](exact) + residual.double(), dtype, what="y", factor=2, scale=8.0)

@@ -28,8 +28,16 @@ def strided(shape, dtype, how):
     return torch.randn(*shape[:-1], 2 * shape[-1] + 1).to(dtype)[..., 1::2]
 
 
-CASES = [((5, 33), "contiguous"), ((2, 3, 4, 70), "stepped"), ((3, 4, 130), "transposed"), ((7, 1), "contiguous"),
-         ((3, 5000), "contiguous"), ((2, 9001), "stepped"), ((0, 16), "contiguous"), ((4, 0), "contiguous")]
+CASES = [
+    ((5, 33), "contiguous"),
+    ((2, 3, 4, 70), "stepped"),
+    ((3, 4, 130), "transposed"),
+    ((7, 1), "contiguous"),
+    ((3, 5000), "contiguous"),
+    ((2, 9001), "stepped"),
+    ((0, 16), "contiguous"),
+    ((4, 0), "contiguous"),
+]
 
 
 @pytest.mark.parametrize("shape,how", CASES)
@@ -75,8 +83,13 @@ def test_norm_backward_matches_float64(op, dtype, shape, how):
         outputs = {"grad_x": poisoned(shape, dtype), "grad_weight": poisoned((n,), dtype) if with_weight else None}
         if center:
             outputs["grad_bias"] = poisoned((n,), dtype) if with_weight else None
-        run(op + "_backward", {"grad": grad, "grad_sum": grad_sum, "x": x, "weight": weight}, outputs, eps=1e-5,
-            **({} if center else {"weight_offset": offset}))
+        run(
+            op + "_backward",
+            {"grad": grad, "grad_sum": grad_sum, "x": x, "weight": weight},
+            outputs,
+            eps=1e-5,
+            **({} if center else {"weight_offset": offset}),
+        )
         want = leaf.grad if grad_sum is None else leaf.grad + grad_sum.double()
         # the terms cancel (wholly for n == 1 or constant rows): the error scales with them, not with what is left
         rstd = (d.square().mean(-1, keepdim=True) + 1e-5).rsqrt()

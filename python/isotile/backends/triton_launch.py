@@ -1,10 +1,10 @@
 """The launcher that replays the launch records of Triton kernels.
 
-A kernel file's `prepare` describes its work once per signature as `Launch`es (kernels/triton/_launch.py) whose arguments
-are `View`s (operands) and `Scratch` (temporary memory) where the kernel takes pointers. `Replay` binds such a list to positions in the
-operator's tensor list; what remains per call is: allocate scratch, take the pointers, check their alignment, and call
-the compiled kernel's own launcher. Triton's `kernel[grid](...)` instead binds and specialises every argument each time,
-which costs more host time than PyTorch's whole operator.
+A kernel file's `prepare` describes its work once per signature as `Launch`es (kernels/triton/_launch.py) whose
+arguments are `View`s (operands) and `Scratch` (temporary memory) where the kernel takes pointers. `Replay` binds such a
+list to positions in the operator's tensor list; what remains per call is: allocate scratch, take the pointers, check
+their alignment, and call the compiled kernel's own launcher. Triton's `kernel[grid](...)` instead binds and specialises
+every argument each time, which costs more host time than PyTorch's whole operator.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class View:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     @classmethod
     def of(cls, tensor):
@@ -38,7 +38,7 @@ class View:
 
 
 def _role(arg):
-    """"scratch" or "descriptor" for those records of kernels/triton/_launch.py, else None."""
+    """ "scratch" or "descriptor" for those records of kernels/triton/_launch.py, else None."""
     return getattr(type(arg), "role", None)
 
 
@@ -107,7 +107,7 @@ class Replay:
 class _Step:
     """One launch. Compiled kernels are kept by pointer alignment, since Triton specialises on it."""
 
-    __slots__ = ("launch", "grid", "pointers", "descriptors", "template", "compiled", "fallback")
+    __slots__ = ("compiled", "descriptors", "fallback", "grid", "launch", "pointers", "template")
 
     def __init__(self, launch, slot):
         self.launch = launch
@@ -193,7 +193,7 @@ def fast_launcher(compiled, launch):
     names = launch.kernel.arg_names
     if any(name in launch.meta for name in names[: len(launch.args)]):
         raise TypeError(f"{launch.kernel.__name__}: a positional parameter is given again by name")
-    constants = [_constant(launch, name) for name in names[len(launch.args):]]
+    constants = [_constant(launch, name) for name in names[len(launch.args) :]]
     active = driver.active
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
     current_device, current_stream = active.get_current_device, active.get_current_stream
