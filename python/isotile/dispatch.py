@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -122,7 +125,7 @@ _SCALAR_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bool": ("a bool", lambda v: isinstance(v, bool)),
     "str": ("a str", lambda v: isinstance(v, str)),
     "ScalarType": ("a torch.dtype", lambda v: isinstance(v, torch.dtype)),
-    "SymInt[]": ("a sequence of ints", lambda v: isinstance(v, list | tuple) and all(map(_is_int, v))),
+    "SymInt[]": ("an int or a sequence of ints", lambda v: isinstance(v, list | tuple) and all(map(_is_int, v))),
 }
 
 
@@ -134,6 +137,9 @@ def check_scalar(spec: OpSpec, name: str, scalar: Scalar, value: Any) -> None:
     if not fits(value):
         raise TypeError(f"{_where(spec, name)}: wanted {wanted}{' or None' if optional else ''}, got {value!r}")
     if scalar.choices is not None and value not in scalar.choices:
+        if isinstance(value, torch.dtype):
+            wanted = ", ".join(map(_short, scalar.choices))
+            raise TypeError(f"{_where(spec, name)}: wanted dtype {wanted}, got {_short(value)}")
         raise ValueError(
             f"{_where(spec, name)}: wanted one of {', '.join(map(repr, scalar.choices))}, got {value!r}"
         )
@@ -167,7 +173,8 @@ def bind_call(
         if not predicate(dims, scalars):
             got = values[argument]
             shown = list(got.shape) if isinstance(got, torch.Tensor) else got
-            raise ValueError(f"{_where(spec, argument)}: wanted {sentence}, got {shown}")
+            wanted = sentence if isinstance(sentence, str) else sentence(dims, scalars)
+            raise ValueError(f"{_where(spec, argument)}: wanted {wanted}, got {shown}")
     return dims
 
 
@@ -212,21 +219,37 @@ def out_specs(
     return tuple(outs)
 
 
-def check_outs(spec: OpSpec, outs: Sequence[torch.Tensor], wanted: Sequence[OutSpec]) -> None:
+def check_outs(spec: OpSpec, outs: Sequence[torch.Tensor], wanted: Sequence[OutSpec | torch.Tensor]) -> None:
     """A caller's `out=` against what the call gives. Raises before anything is written."""
     if len(outs) != len(wanted):
-        raise ValueError(f"{_where(spec, 'out')}: wanted {len(wanted)} tensors, got {len(outs)}")
+        plural = "" if len(wanted) == 1 else "s"
+        raise ValueError(f"{_where(spec, 'out')}: wanted {len(wanted)} tensor{plural}, got {len(outs)}")
     for out, want in zip(outs, wanted, strict=True):
         if not isinstance(out, torch.Tensor):
             raise TypeError(f"{_where(spec, 'out')}: wanted a torch.Tensor, got {type(out).__name__}")
         if out.dtype != want.dtype:
             raise TypeError(f"{_where(spec, 'out')}: wanted dtype {_short(want.dtype)}, got {_short(out.dtype)}")
-        if tuple(out.shape) != want.shape:
+        if tuple(out.shape) != tuple(want.shape):
             raise ValueError(f"{_where(spec, 'out')}: wanted shape {list(want.shape)}, got {list(out.shape)}")
         if out.device != want.device:
             raise ValueError(f"{_where(spec, 'out')}: wanted device {want.device}, got {out.device}")
-        if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
-            raise ValueError(f"{_where(spec, 'out')}: wanted a tensor whose elements do not overlap, got an expanded one")
+        if not torch.compiler.is_compiling() and _may_overlap_itself(out):
+            raise ValueError(
+                f"{_where(spec, 'out')}: wanted a tensor whose elements do not overlap, got shape {list(out.shape)} "
+                f"with strides {list(out.stride())}"
+            )
+
+
+def _may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: a dimension's stride does not step over all that lies within it."""
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 # --- lowering --------------------------------------------------------------------------------------------------------
@@ -450,8 +473,22 @@ def _warn_fallback(spec: OpSpec, backend: str, passed_over: list[tuple[str, str]
         warnings.warn(
             f"isotile.{spec.name} on {request.device.type} runs on backend {backend!r}, since {name!r} refuses: {reason}",
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=_caller_level(),
         )
+
+
+#: Where isotile's and PyTorch's own frames lie.
+_OWN_FILES = tuple(str(Path(module).parent) + os.sep for module in (__file__, torch.__file__))
+
+
+def _caller_level() -> int:
+    """The `stacklevel` of the first frame outside isotile and PyTorch, for the function that calls this one."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 @dataclasses.dataclass(frozen=True)

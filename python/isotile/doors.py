@@ -40,14 +40,19 @@ def _slow(
     tensors = [values[i] for i in op.tensor_positions]
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*tensors, *outs)):
         _refuse_out(op.spec.name)
+    if len(outs) != len(pick):
+        plural = "" if len(pick) == 1 else "s"
+        raise ValueError(
+            f"isotile.{op.spec.name}: out: wanted {len(pick)} tensor{plural} ({', '.join(pick)}), got {len(outs)}"
+        )
     lazy = any(isinstance(t, torch.Tensor) and t.is_neg() for t in tensors)
     if torch.compiler.is_compiling() or library.special() or lazy:
         results = op.route(overload, values)
-        for target, name in zip(outs, pick, strict=True):
-            target.copy_(results[names.index(name)])
+        chosen = [results[names.index(n)] for n in pick]
+        dispatch.check_outs(op.spec, outs, chosen)
+        for target, result in zip(outs, chosen, strict=True):
+            target.copy_(result)
     else:
-        if len(outs) != len(pick):
-            raise ValueError(f"isotile.{op.spec.name}: out: wanted {len(pick)} tensors ({', '.join(pick)}), got {len(outs)}")
         op.execute(overload, values, outs)
     return outs if isinstance(out, tuple | list) else outs[0]
 
@@ -155,6 +160,7 @@ def _wrapped(name: str) -> Callable[..., Any]:
     op = library.operator(name)
     translate = op.spec.door
     assert translate is not None
+    translate.__qualname__ = name  # Python's own TypeErrors name the public function
 
     @functools.wraps(translate)
     def door(*args: Any, out: Any = None, **kwargs: Any) -> Any:

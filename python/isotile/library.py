@@ -120,7 +120,10 @@ class Operator:
         memory = [v for v in values if isinstance(v, torch.Tensor)]
         for out in outs:
             if any(_overlap(out, other) for other in memory):
-                raise ValueError(f"isotile.{self.spec.name}: out: wanted memory of its own, got memory of an input")
+                raise ValueError(
+                    f"isotile.{self.spec.name}: out: wanted memory of its own, got memory of an input or another result"
+                )
+            memory.append(out)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All parameters in order, defaults filled in; TypeError as Python's own for wrong names."""

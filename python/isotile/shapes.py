@@ -147,9 +147,9 @@ def bind(
                 star_owner[pattern.star] = argument
             width += len(groups[pattern.star]) - 1
         if len(shape) < width or (not pattern.loop and len(shape) != width):
-            at_least = "at least " if pattern.loop else ""
+            at_least, plural = "at least " if pattern.loop else "", "" if width == 1 else "s"
             raise ShapeError(
-                argument, f"wanted shape [{_spell(pattern, groups)}] ({at_least}{width} dimensions), got {_show(shape)}"
+                argument, f"wanted shape [{_spell(pattern, groups)}] ({at_least}{width} dimension{plural}), got {_show(shape)}"
             )
         if pattern.loop:
             loops[argument] = tuple(shape[: len(shape) - width])

@@ -165,7 +165,8 @@ class OpSpec:
         results: in order; those with `when` belong to overloads.
         lower: views and scalars of a call to kernel form; by default names and order as declared. Returns
             `(kernel, tensors, outs, scalars)`, and as a fifth the number of loop dimensions if it is not the pattern's.
-        requires: `(argument, sentence, predicate(dims, scalars))`, limits of the mathematics.
+        requires: `(argument, sentence, predicate(dims, scalars))`, limits of the mathematics. The sentence says what
+            was wanted; it may be a function of the same arguments.
         error: the error model.
         flops: useful floating point operations of a call, from its dims (and scalars).
         laws: promises beyond agreement, by name of a law in `isotile.testing.laws`.
@@ -186,7 +187,12 @@ class OpSpec:
     flops: Callable[[shapes.Dims, SimpleNamespace], float]
     cases: tuple[Case, ...]
     lower: Callable[[dict[str, Any], dict[str, Any], SimpleNamespace], tuple[Any, ...]] | None = None
-    requires: tuple[tuple[str, str, Callable[[shapes.Dims, SimpleNamespace], bool]], ...] = ()
+    requires: tuple[
+        tuple[
+            str, str | Callable[[shapes.Dims, SimpleNamespace], str], Callable[[shapes.Dims, SimpleNamespace], bool]
+        ],
+        ...,
+    ] = ()
     laws: tuple[str, ...] = ()
     saves: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     backward: Callable[[SimpleNamespace, dict[str, Any], dict[str, bool]], dict[str, Any]] | None = None

@@ -89,7 +89,8 @@ class CpuBackend:
             if view is not None and view.dtype not in DTYPES:
                 return f"does not know dtype {view.dtype}"
             if view is not None and view.ndim > module.max_dims:
-                return f"takes at most {module.max_dims} dimensions that do not merge, got {view.ndim}"
+                most = module.max_dims
+                return f"takes at most {most} dimensions that do not merge, got {view.ndim}; contiguous tensors merge"
         return None
 
     def prepare(self, request: Request) -> Callable[..., None]:

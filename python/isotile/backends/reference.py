@@ -24,7 +24,7 @@ class ReferenceBackend:
 
     def refuses(self, request: Request) -> str | None:
         if request.state.batch_invariant:
-            return "PyTorch's own kernels promise no batch invariance"
+            return "PyTorch's own kernels promise no batch invariance; leave determinism(batch_invariant=True)"
         return None
 
     def prepare(self, request: Request) -> Callable[..., None]:

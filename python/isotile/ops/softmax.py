@@ -54,6 +54,14 @@ def has_dim(dims, scalars):
     return -rank <= scalars.dim < rank
 
 
+def which_dim(name):
+    def sentence(dims, scalars):
+        rank = max(len(dims.loop), 1)
+        return f"a dimension of {name}, from {-rank} to {rank - 1}"
+
+    return sentence
+
+
 def row_length(dims, scalars):
     return dims.loop[scalars.dim] if dims.loop else 1
 
@@ -91,7 +99,7 @@ SPEC = OpSpec(
         "dtype": Scalar("ScalarType?", choices=FLOATS, samples=(None, *FLOATS[:3])),
     },
     results={"y": Result("...", ("dtype", "x"))},
-    requires=(("dim", "a dimension of x", has_dim),),
+    requires=(("dim", which_dim("x"), has_dim),),
     lower=lower_rows("softmax"),
     error=ErrorModel(_error),
     flops=lambda d, s: 8 * d.rows,

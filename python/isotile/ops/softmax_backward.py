@@ -39,7 +39,7 @@ SPEC = OpSpec(
         "dim": Scalar("int"),
     },
     results={"grad_x": Result("...", ("y",))},
-    requires=(("dim", "a dimension of y", forward.has_dim),),
+    requires=(("dim", forward.which_dim("y"), forward.has_dim),),
     lower=forward.lower_rows("softmax_backward"),
     error=ErrorModel(_error),
     flops=lambda d, s: 4 * d.rows,
