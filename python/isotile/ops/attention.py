@@ -185,14 +185,24 @@ def visible_values(a, visible, wide):
     return torch.where(seen, value, 0.0)
 
 
-def weighted(p, value, visible):
-    """p @ value where a hidden pair contributes exactly nothing, even if the value is not finite."""
+def weighted(weight, value, visible):
+    """weight @ value where a hidden pair contributes exactly nothing, even if the value is not finite.
+
+    `weight` is 0 where hidden. Infinite and NaN values are summed apart, by which signs meet in each element.
+    """
     bad = ~value.isfinite()
     if not bool(bad.any()):
-        return p @ value
-    clean = torch.where(bad, 0.0, value)
-    rows = torch.where(visible[..., None], p[..., None] * value[..., None, :, :], 0.0).sum(-2)
-    return torch.where((visible.to(p.dtype) @ bad.to(p.dtype)) > 0, rows, p @ clean)
+        return weight @ value
+    wide = weight.dtype
+    up, down = (value == math.inf).to(wide), (value == -math.inf).to(wide)
+    positive, negative = (weight > 0).to(wide), (weight < 0).to(wide)
+    rises = positive @ up + negative @ down > 0
+    falls = positive @ down + negative @ up > 0
+    undefined = visible.to(wide) @ value.isnan().to(wide) + (visible & (weight == 0)).to(wide) @ (up + down) > 0
+    total = weight @ torch.where(bad, 0.0, value)
+    total = torch.where(rises, total + math.inf, total)
+    total = torch.where(falls, total - math.inf, total)
+    return torch.where(undefined, math.nan, total)
 
 
 def attention(
@@ -343,7 +353,11 @@ ARGS = {
 }
 
 REQUIRES = (
-    ("key", "a number of heads that divides query's", lambda d, s: d.hq == d.hk or (d.hk != 0 and d.hq % d.hk == 0)),
+    (
+        "key",
+        lambda d, s: f"a number of heads (dimension -3) that divides query's {d.hq}",
+        lambda d, s: d.hq == d.hk or (d.hk != 0 and d.hq % d.hk == 0),
+    ),
     ("dropout_seed", "a tensor where dropout_p > 0", lambda d, s: not s.dropout_p or s.dropout_seed is not None),
 )
 

@@ -45,18 +45,16 @@ def attention_backward(
     values = forward.visible_values(a, visible, wide)
     dp = torch.where(visible, upstream @ values.mT, 0.0)
     if kept is not None:
-        dp = dp * kept
+        dp = torch.where(kept > 0, dp * kept, 0.0)  # a dropped pair has no gradient, whatever its value
     delta = (upstream * out.to(wide)).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse.to(wide)[..., None]
     ds = torch.where(visible, p * (dp - delta), 0.0)
     slope = ds if softcap is None else torch.where(visible, ds * (1 - torch.tanh(raw / softcap).square()), 0.0)
     slope = slope * forward.default_scale(a)
-    keys = torch.where(visible.any(-2)[..., None], forward.expand_heads(key.to(wide), heads), 0.0)
-    grad_query = slope @ keys
-    seen = torch.where(visible.any(-1)[..., None], query.to(wide), 0.0)
-    grad_key = slope.mT @ seen
-    grad_value = (p if kept is None else p * kept).mT @ upstream
+    grad_query = forward.weighted(slope, forward.expand_heads(key.to(wide), heads), visible)
+    grad_key = forward.weighted(slope.mT, query.to(wide), visible.mT)
+    grad_value = forward.weighted((p if kept is None else p * kept).mT, upstream, visible.mT)
 
     def per_head(grad):
         loop = grad.shape[:-3]
