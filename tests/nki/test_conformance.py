@@ -50,7 +50,11 @@ def parameters(function, level):
 
 def calls(tree):
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+        ):
             module = ALIASES.get(node.func.value.id)
             if module is not None:
                 yield module, node.func.attr, node
@@ -129,7 +133,9 @@ def test_device_code_stays_in_the_parser_subset():
             if isinstance(node, ast.Compare):
                 assert not any(isinstance(o, (ast.Is, ast.IsNot)) for o in node.ops), f"{where}: is"
             if isinstance(node, ast.Dict):
-                assert all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in node.keys), f"{where}: keys"
+                assert all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in node.keys), (
+                    f"{where}: keys"
+                )
 
 
 def test_operands_have_documented_buffers_and_dtypes(monkeypatch):

@@ -21,6 +21,8 @@ adapter = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(adapter)
 
 OPERATORS = sorted(n for n in registry.specs() if n in adapter.kernel_names())
+
+
 def kinds_of(op):
     # The reference's gradients let a NaN that is hidden from one query reach that query; the kernel does not.
     return tuple(k for k in KINDS if op != "attention_backward" or k != "specials")
@@ -102,8 +104,8 @@ def test_norm_gradients_over_several_row_tiles(backend, draw):
 
 
 def test_softmax_of_rows_wider_than_sbuf_keeps(backend, draw):
-    check("softmax", draw(3, 9000) * 4, -1)
-    check("softmax", draw(130, 5000) * 4, -1)
+    check("softmax", draw(3, 9000) * 40, -1)
+    check("softmax", draw(130, 5000) * 40, -1)
     check("softmax_backward", draw(3, 9000), torch.softmax(draw(3, 9000), -1), -1)
 
 
@@ -142,6 +144,7 @@ def test_attention_decode_packs_the_heads_of_a_group(backend, draw):
     for i, n in enumerate(lengths.tolist()):
         k[i, :, n:] = float("nan")
         v[i, :, n:] = float("inf")
+    check("attention", q, k, v, seqlens_k=lengths)
     check(
         "attention", q, k, v, seqlens_k=lengths, sinks=draw(8), alibi_slopes=draw(8).abs(), is_causal=True,
         causal_alignment="bottom_right",

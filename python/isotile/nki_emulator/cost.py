@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 MII = 64
 GPSIMD_START = 150
+DMA_START_US = 1.3
 RUN_BYTES = 2048
 ENGINES = ("tensor", "vector", "scalar", "gpsimd", "dma")
 
@@ -129,8 +130,8 @@ class Estimate:
 
     @property
     def serial_us(self) -> float:
-        """Without any overlap."""
-        return sum(self.busy_us.values())
+        """Without any overlap, each DMA with its start latency."""
+        return sum(self.busy_us.values()) + self.instructions["dma"] * DMA_START_US
 
     def tensor_share(self, flops: float) -> float:
         """Useful operations against the Tensor engine's 16-bit peak over the overlapped time."""
