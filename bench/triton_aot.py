@@ -46,7 +46,7 @@ def cases():
         for size in reversed(shape):
             made.append(step)
             step *= max(size, 1)
-        return View(shape, tuple(strides) if strides else tuple(reversed(made)), dtype)
+        return View(shape, tuple(strides) if strides else tuple(reversed(made)), dtype, torch.device("cpu"))
 
     for n in (768, 4096, 8192, 16384, 50257):
         x = v(4096, n)

@@ -408,7 +408,7 @@ def forward(center, x, weight, bias, residual, y, sum, eps, weight_offset, confi
     args = (x, residual, weight, bias, y, sum, *strides, weight_stride, bias_stride, sizes)
     is_wide = wide((n, weight_stride), (n, bias_stride), *((n, s[3]) for s in strides))
     if (n <= WHOLE_ROW and next_power(n) * 3 <= n * 5) or n <= CHUNK:
-        meta = override(_tile(n, 512, 2048), config)
+        meta = override(_tile(n, 1024, 4096), config)
         return [
             Launch(
                 norm_kernel,
@@ -444,7 +444,7 @@ def backward(center, grad, grad_sum, x, weight, grad_x, grad_weight, grad_bias, 
     wanted = [g for g in (grad_weight, grad_bias) if g is not None]
     launches = []
     if whole:
-        meta = override({**_tile(n, 256, 2048), "PARTS": 512 if n <= 4096 else 256}, config)
+        meta = override({**_tile(n, 256, 4096), "PARTS": 512 if n <= 4096 else 256}, config)
         parts = min(meta["PARTS"], triton.cdiv(rows, meta["ROWS"])) if wanted else triton.cdiv(rows, meta["ROWS"])
     else:
         meta = override({"BLOCK_N": CHUNK, "num_warps": 8, "PARTS": 16, "BLOCK_R": 16, "BLOCK_C": 128}, config)
@@ -523,5 +523,5 @@ def sum_partials(partial, out, parts, n):
         sum_partials_kernel,
         (triton.cdiv(n, 32),),
         (partial, out, parts, n, n, out.strides[0]),
-        {"BLOCK_P": 32, "BLOCK_N": 32, "WIDE": wide((n, out.strides[0])), "num_warps": 4},
+        {"BLOCK_P": 128, "BLOCK_N": 32, "WIDE": wide((n, out.strides[0])), "num_warps": 4},
     )

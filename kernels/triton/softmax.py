@@ -79,12 +79,12 @@ def prepare(x, y, *, config=None):
     is_wide = wide(*((n, s[3]) for s in strides))
     if (n <= WHOLE_ROW and next_power(n) * 3 <= n * 5) or n <= CHUNK:
         block_n = next_power(n, 16)
-        tile = max(1, min(2048 // block_n, 64))
+        tile = max(1, min(4096 // block_n, 64))
         meta = override(
             {
                 "ROWS": tile,
                 "BLOCK_N": block_n,
-                "num_warps": max(1, min(16 if block_n < 32768 else 32, tile * block_n // 512)),
+                "num_warps": max(1, min(16 if block_n < 32768 else 32, tile * block_n // 1024)),
             },
             config,
         )
