@@ -1,0 +1,21 @@
+"""`isotile bench`: microbenchmarks of every operator, from the specs' cases alone. See docs/benchmarking.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        import rich  # noqa: F401
+    except ImportError as error:
+        print(f"isotile bench: {error}; pip install 'isotile[bench]'", file=sys.stderr)
+        return 2
+    from . import command, compare
+
+    if words[:1] == ["compare"]:
+        return compare.run(words[1:])
+    return command.run(words)

@@ -1,0 +1,171 @@
+"""`isotile bench compare A.jsonl B.jsonl`: two runs side by side, for a person and for CI."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from . import table, timing
+from .records import NotARun, read
+
+Key = tuple[str, str, str, str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One row in both runs. `ratio` is B's time over A's; `low` and `high` enclose it, `best` is that of the fastest."""
+
+    key: Key
+    a: float
+    b: float
+    ratio: float
+    low: float
+    high: float
+    best: float
+
+    def slower(self, threshold: float) -> bool:
+        # Other load only adds time: where the fastest samples do not differ, the machine was busier, not the code slower.
+        return self.ratio > threshold and self.low > 1 and self.best > math.sqrt(threshold)
+
+    def faster(self, threshold: float) -> bool:
+        return self.ratio < 1 / threshold and self.high < 1 and self.best < 1 / math.sqrt(threshold)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the width of an interval around the median that two medians' difference is judged by.
+
+    1.57 times the interquartile range over sqrt(n): where two such intervals do not meet, the medians differ at about
+    95%. McGill, Tukey and Larsen, Variations of Box Plots, The American Statistician 32(1), 1978.
+    """
+    low, high = timing.quartiles(values)
+    return 1.57 * (high - low) / math.sqrt(len(values))
+
+
+def used(row: dict[str, Any]) -> list[float]:
+    return timing.Summary(tuple(row["samples_s"]), tuple(row["clean"]), row["calls"]).used
+
+
+def change(key: Key, a: Sequence[float], b: Sequence[float]) -> Change:
+    """B's samples against A's."""
+    middle_a, middle_b = statistics.median(a), statistics.median(b)
+    around_a, around_b = spread(a), spread(b)
+    low = max(middle_b - around_b, 0.0) / (middle_a + around_a)
+    high = (middle_b + around_b) / (middle_a - around_a) if middle_a > around_a else math.inf
+    return Change(key, middle_a, middle_b, middle_b / middle_a, low, high, min(b) / min(a))
+
+
+def relative(row: dict[str, Any], rival: dict[str, Any]) -> list[float]:
+    """A row's samples in units of the rival's of the same rounds."""
+    clean = [a and b for a, b in zip(row["clean"], rival["clean"], strict=True)]
+    quotients = [a / b for a, b in zip(row["samples_s"], rival["samples_s"], strict=True)]
+    return timing.Summary(tuple(quotients), tuple(clean), 1).used
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    return row["op"], row["case"], row["dtype"], row["direction"], row["contender"]
+
+
+def changes(
+    rows_a: list[dict[str, Any]], rows_b: list[dict[str, Any]], rival: str | None
+) -> tuple[list[Change], list[Key], list[tuple[Key, str]]]:
+    """(rows timed in both, keys of A that B lacks, rows of A's with a figure that have none in B, and why)."""
+    a, b = ({key_of(r): r for r in rows} for rows in (rows_a, rows_b))
+    both, missing, broken = [], [], []
+    for key, before in a.items():
+        if before["status"] != "ok" or key[-1] == rival:
+            continue
+        after = b.get(key)
+        if after is None:
+            missing.append(key)
+            continue
+        if after["status"] != "ok":
+            broken.append((key, f"{after['status']}: {after['reason']}"))
+            continue
+        if rival is None:
+            both.append(change(key, used(before), used(after)))
+            continue
+        pair = [run.get((*key[:-1], rival)) for run in (a, b)]
+        if any(r is None or r["status"] != "ok" for r in pair):
+            missing.append(key)
+            continue
+        both.append(change(key, relative(before, pair[0]), relative(after, pair[1])))  # type: ignore[arg-type]
+    return both, missing, broken
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="isotile bench compare",
+        description="Puts two runs side by side. Exit code 1 where B is slower than A by the threshold and the spread.",
+    )
+    made.add_argument("a", type=Path, metavar="A.jsonl", help="the run to compare with")
+    made.add_argument("b", type=Path, metavar="B.jsonl", help="the run to judge")
+    made.add_argument("--threshold", type=float, default=1.1, metavar="RATIO", help="default: 1.1, 10%% slower")
+    made.add_argument(
+        "--relative-to", metavar="RIVAL", help="compare times in units of this rival's (torch) in the same rounds"
+    )
+    made.add_argument("--all", action="store_true", help="also show rows that did not change")
+    return made
+
+
+def run(argv: Sequence[str]) -> int:
+    """Compares. Returns 0, 1 if anything became slower or stopped working, 2 if a file is no run."""
+    args = parser().parse_args(argv)
+    if args.threshold < 1:
+        parser().error(f"--threshold: wanted at least 1, got {args.threshold:g}")
+    console = table.console()
+    try:
+        (run_a, rows_a, end_a), (run_b, rows_b, end_b) = read(args.a), read(args.b)
+    except (OSError, NotARun) as error:
+        console.print(f"isotile bench compare: {error}", markup=False)
+        return 2
+    for name, about, end in (("A", run_a, end_a), ("B", run_b, end_b)):
+        note = "" if end is not None and end["complete"] else "; incomplete"
+        console.print(
+            f"{name}: {about['date']}, isotile {about['isotile']}, torch {about['torch']}, {about['processor']}, "
+            f"{about['threads']} threads{note}",
+            markup=False,
+        )
+    if run_a["effort"] != run_b["effort"] or run_a["warm"] != run_b["warm"]:
+        console.print("[yellow]the two runs were made with different settings[/]")
+    if args.relative_to is None and (run_a["processor"], run_a["threads"]) != (run_b["processor"], run_b["threads"]):
+        console.print("[yellow]the two runs are of different machines or numbers of threads[/]")
+    both, missing, broken = changes(rows_a, rows_b, args.relative_to)
+    slower = [c for c in both if c.slower(args.threshold)]
+    faster = [c for c in both if c.faster(args.threshold)]
+    shown = both if args.all else slower + faster
+    if shown:
+        console.print(_table(shown, slower, faster, args.relative_to))
+    for key in missing:
+        console.print(f"[yellow]not in B:[/] {' '.join(key)}")
+    for key, reason in broken:
+        console.print(f"[bold red]{' '.join(key)}[/] has no figure in B: ", end="")
+        console.print(reason, markup=False)
+    if both:
+        middle = math.exp(statistics.fmean(math.log(c.ratio) for c in both))
+        console.print(
+            f"{len(both)} rows: {len(slower)} slower and {len(faster)} faster by more than {args.threshold:g} and the "
+            f"spread; B takes {middle:.3f} times as long as A (geometric mean)"
+        )
+    else:
+        console.print("[bold red]no row is in both runs[/]")
+    return 1 if slower or broken or not both else 0
+
+
+def _table(shown: list[Change], slower: list[Change], faster: list[Change], rival: str | None) -> Table:
+    made = Table(box=None, pad_edge=False)
+    for title in ("operator", "case", "dtype", "direction", "contender"):
+        made.add_column(title, no_wrap=True)
+    for title in ("A", "B", "B / A", "95%", ""):
+        made.add_column(title, justify="right", no_wrap=True)
+    for c in sorted(shown, key=lambda c: -c.ratio):
+        times = [table.seconds(v) if rival is None else f"{v:.3f} {rival}" for v in (c.a, c.b)]
+        verdict = "[bold red]slower[/]" if c in slower else "[green]faster[/]" if c in faster else ""
+        made.add_row(*c.key, *times, f"{c.ratio:.3f}", f"{c.low:.2f}..{c.high:.2f}", verdict)
+    return made

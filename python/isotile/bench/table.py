@@ -1,0 +1,103 @@
+"""The table that a person reads while a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+#: where the output is not a terminal
+WIDTH = 140
+COLOURS = {"wrong": "bold red", "error": "bold red", "unserved": "yellow"}
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value / size < 999.5 else f"{value / size:.0f} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{seconds(row['q1_s'])}..{seconds(row['q3_s'])}".replace(" ", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of figures; those with the lowest rank go first where the terminal is narrow."""
+
+    title: str
+    width: int
+    rank: int
+    text: Callable[[dict[str, Any]], str]
+
+
+COLUMNS = (
+    Column("time", 9, 9, lambda r: seconds(r["median_s"])),
+    Column("quartiles", 17, 3, _spread),
+    Column("GB/s", 7, 5, lambda r: number(r["gb_per_s"])),
+    Column("TFLOP/s", 8, 4, lambda r: number(r["tflops"])),
+    Column("roof", 5, 7, lambda r: f"{r['roofline_share']:.0%}"),
+    Column("host", 8, 2, lambda r: seconds(r["host_s"])),
+    Column("error", 6, 6, lambda r: number(r["bound_share"]) if r["ours"] else ""),
+)
+CASE, DTYPE, CONTENDER, SPEED = 24, 9, 10, 14
+
+
+class Table:
+    """Lines of one width for a console."""
+
+    def __init__(self, width: int, rivals: int = 1) -> None:
+        free = width - CASE - DTYPE - CONTENDER - 3 - SPEED * rivals - 2
+        shown = sorted(COLUMNS, key=lambda c: -c.rank)
+        while shown and sum(c.width + 1 for c in shown) > free:
+            shown.pop()
+        self.columns = [c for c in COLUMNS if c in shown or c.title == "time"]
+
+    def header(self) -> str:
+        titles = "".join(f" {c.title:>{c.width}}" + (" " if c.title == "time" else "") for c in self.columns)
+        return f"[dim]{'case':<{CASE}} {'dtype':<{DTYPE}} {'contender':<{CONTENDER}}{titles}  speed[/]"
+
+    def line(self, row: dict[str, Any], first: bool) -> str:
+        """One row, with console markup; `first` of its workload."""
+        case = f"{row['case']:<{CASE}} {row['dtype']:<{DTYPE}}" if first else " " * (CASE + DTYPE + 1)
+        name = f"{row['contender']:<{CONTENDER}}"
+        name = f"[bold]{name}[/]" if row["ours"] else name
+        if row["status"] != "ok":
+            colour = COLOURS["unserved" if row["status"] == "wrong" and not row["ours"] else row["status"]]
+            return f"{case} {name}  [{colour}]{row['status']}[/]: {escape(row['reason'].splitlines()[0])}"
+        figures = ""
+        for column in self.columns:
+            figures += f" {column.text(row):>{column.width}}"
+            if column.title == "time":
+                figures += " " if row["quiet"] else "~"
+        speed = "  ".join(_ratio(r, rival) for rival, r in row["speed_vs"].items())
+        return f"{case} {name}{figures}  {speed}"
+
+
+def _ratio(ratio: dict[str, Any], rival: str) -> str:
+    colour = "green" if ratio["median"] >= 1 else "red"
+    return f"[{colour}]{ratio['median']:.2f}x[/]{'' if ratio['quiet'] else '~'} {rival}"
+
+
+def console() -> Console:
+    made = Console(highlight=False, soft_wrap=True)
+    return made if made.is_terminal else Console(highlight=False, soft_wrap=True, width=WIDTH)
+
+
+LEGEND = (
+    "time: median of the rounds; ~: rounds in which the machine was busy. roof: share of the speed that the measured "
+    "peaks allow. host: what a call costs besides its kernel. error: the largest, as a share of the derived bound. "
+    "speed: rival's time over ours, round by round; above 1 isotile is faster."
+)
