@@ -469,12 +469,12 @@ def _warn_fallback(spec: OpSpec, backend: str, passed_over: list[tuple[str, str]
     for name, reason in passed_over:
         if (spec.name, reason) in _warned:
             continue
-        _warned.add((spec.name, reason))
         warnings.warn(
             f"isotile.{spec.name} on {request.device.type} runs on backend {backend!r}, since {name!r} refuses: {reason}",
             FallbackWarning,
             stacklevel=_caller_level(),
         )
+        _warned.add((spec.name, reason))  # not before: a warning turned into an error stays one
 
 
 #: Where isotile's and PyTorch's own frames lie.
