@@ -5,6 +5,9 @@ group's end pushed out of bounds) gather the rows by indirect DMA, and scatter t
 skipped. Weights of one group and column block stay in SBUF during the loop. Two cores split the columns.
 """
 
+# Plain loops with append: the parser front end takes a subset of Python.
+# ruff: noqa: PERF401
+
 import nki
 import nki.isa as nisa
 import nki.language as nl
@@ -18,7 +21,7 @@ BEYOND = 1 << 30
 
 
 def _group_ends(offsets, total):
-    """(ends [1, G + 1] and the same on 128 partitions [128, G + 1]), int32: 0, then cumulative ends cut to [.., total]."""
+    """(ends [1, G + 1], the same on 128 partitions), int32: 0, then cumulative ends, at most total."""
     groups = offsets.shape[1]
     ends = nl.ndarray((1, groups + 1), nl.int32, buffer=nl.sbuf)
     nisa.memset(dst=ends[:, 0:1], value=0)
@@ -137,7 +140,7 @@ def grouped_kernel(a, b, offsets, turned, y_dtype):
 
 @nki.jit
 def grouped_weight_kernel(grad, a, offsets, groups, y_dtype):
-    """grad [total, n], a [total, k] -> grad_b [groups, k, n]: a_g.T @ grad_g, summed over row tiles in SBUF, float32."""
+    """grad [total, n], a [total, k] -> grad_b [groups, k, n]: a_g.T @ grad_g, summed in SBUF in float32."""
     total, n = grad.shape
     k = a.shape[1]
     dtype = DTYPES[y_dtype]

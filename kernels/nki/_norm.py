@@ -1,9 +1,13 @@
 """Row normalisation, forward and backward, shared by layer_norm (centred) and rms_norm.
 
-Rows go on partitions, 128 at a time, and stay in SBUF between the passes over them. Everything is float32 on chip, rounded once on the way out. Forward, for each element: one load, one store.
-Work is split so that no engine outweighs the DMA: layer_norm's statistics run on Vector (bn_stats) and, for seven columns
-in sixteen, on Scalar as one (count, mean, sum of squared deviations) triple; bn_aggr merges them.
+Rows go on partitions, 128 at a time, and stay in SBUF between the passes over them. Everything is float32 on chip,
+rounded once on the way out. Forward, for each element: one load, one store. Work is split so that no engine
+outweighs the DMA: layer_norm's statistics run on Vector (bn_stats) and, for seven columns in sixteen, on Scalar as
+one (count, mean, sum of squared deviations) triple; bn_aggr merges them.
 """
+
+# Plain loops with append: the parser front end takes a subset of Python.
+# ruff: noqa: PERF401, SIM113
 
 import nki
 import nki.isa as nisa
@@ -198,7 +202,7 @@ def norm_backward_kernel(
     """grad, grad_sum, x: [rows, n]; weight [1, n] -> grad_x [rows, n], grad_weight [1, n], grad_bias [1, n].
 
     With g = grad * weight: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum; rms_norm has no mean(g).
-    Weight gradients add up in SBUF row tile by row tile; the 128 partitions are added at the end by a product with ones.
+    Weight gradients add up in SBUF row tile by row tile; a product with ones adds the 128 partitions at the end.
     """
     total, n = x.shape
     outs = []
@@ -365,7 +369,8 @@ def run_backward(grad, grad_sum, x, weight, *, eps, weight_offset, centred, want
     dtype = dtype_name(x if weight is None else weight)
     results = norm_backward_kernel[cores](
         rows(grad), rows(grad_sum), rows(x), _row(weight), float(eps), float(weight_offset), centred,
-        weight is not None, grad_sum is not None, "grad_x" in wanted, "grad_weight" in wanted, "grad_bias" in wanted, dtype,
+        weight is not None, grad_sum is not None, "grad_x" in wanted, "grad_weight" in wanted, "grad_bias" in wanted,
+        dtype,
     )  # fmt: skip
     found = dict(zip(names, results, strict=True))
     for name, shape in (("grad_x", x.shape), ("grad_weight", x.shape[-1:]), ("grad_bias", x.shape[-1:])):

@@ -1,15 +1,20 @@
 """Attention forward: out = softmax(scale * q k^T with softcap, ALiBi, mask, windows, sinks) v, and the log-sum-exp.
 
-Queries on partitions, 128 at a time (for one-query decoding the heads of a key/value group); keys along the free dim in
-blocks of 512 (one PSUM bank) and sections of SECTION. A section's maximum is taken from PSUM, one exp pass gives the
-probabilities and their sum, and running maximum, sum and output are rescaled once for a section (online softmax, Milakov
-and Gimelshein 2018; Dao et al. 2022). Probabilities are turned by DMA and on the Tensor engine in turn (gen2: by DMA only,
-its Tensor engine spreads a NaN). Without per-query bounds key p * 16 + c of a section belongs to chunk c, so that values
-arrive in runs of 16 rows. Keys and values of a head are read once for all its queries where they fit RESIDENT_BYTES.
+Queries on partitions, 128 at a time (for one-query decoding the heads of a key/value group); keys along the free dim
+in blocks of 512 (one PSUM bank) and sections of SECTION. A section's maximum is taken from PSUM, one exp pass gives
+the probabilities and their sum, and running maximum, sum and output are rescaled once for a section (online softmax,
+Milakov and Gimelshein 2018; Dao et al. 2022). Probabilities are turned by DMA and on the Tensor engine in turn
+(gen2: by DMA only, its Tensor engine spreads a NaN). Without per-query bounds key p * 16 + c of a section belongs to
+chunk c, so that values arrive in runs of 16 rows. Keys and values of a head are read once for all its queries where
+they fit RESIDENT_BYTES.
 
-Blocks that no query of the tile sees are skipped; a block that some see is masked by run-time bounds (range_select). There
-a value that is not finite is replaced by 0 and added back for the queries that see it, so that 0 * NaN never leaks.
+Blocks that no query of the tile sees are skipped; a block that some see is masked by run-time bounds (range_select).
+There a value that is not finite is replaced by 0 and added back for the queries that see it, so that 0 * NaN never
+leaks.
 """
+
+# Plain loops with append: the parser front end takes a subset of Python.
+# ruff: noqa: PERF401
 
 import math
 
@@ -503,7 +508,9 @@ def options_of(
     }
 
 
-def supports(query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None, dropout_seed=None, **rest):
+def supports(
+    query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None, dropout_seed=None, **rest
+):
     if rest.get("dropout_p"):
         return "dropout: the engines have no Philox-4x32-10, so the mask could not be that of the other backends"
     given = {"query": query, "key": key, "value": value, "sinks": sinks, "alibi_slopes": alibi_slopes}

@@ -1,11 +1,14 @@
 """Gradients of attention from the saved output and log-sum-exp (Dao et al. 2022, algorithm 4).
 
-Query tiles of 128 in the outer loop, key blocks of 512 inside. Scores are taken again; P = exp(score - lse),
-dS = P * (dO v^T - D) with D = sum(dO * out) - grad_lse. grad_key and grad_value of one key/value head stay in SBUF in
-float32 while all query tiles of its group pass; P and dS have queries on partitions, so their products with dO and q need
-no transpose; only dS is turned for grad_query. Hidden pairs are set to exactly 0 in P and dS, and where some pairs of a
-block are hidden, a key that is not finite is kept from meeting those zeros.
+Query tiles of 128 in the outer loop, key blocks of 512 inside. Scores are taken again; P = exp(score - lse), dS = P
+* (dO v^T - D) with D = sum(dO * out) - grad_lse. grad_key and grad_value of one key/value head stay in SBUF in
+float32 while all query tiles of its group pass; P and dS have queries on partitions, so their products with dO and q
+need no transpose; only dS is turned for grad_query. Hidden pairs are set to exactly 0 in P and dS, and where some
+pairs of a block are hidden, a key that is not finite is kept from meeting those zeros.
 """
+
+# Plain loops with append: the parser front end takes a subset of Python.
+# ruff: noqa: PERF401
 
 import math
 
@@ -293,12 +296,11 @@ def run(
     lengths = None if seqlens_k is None else as_int32(dense(seqlens_k)).reshape(q.shape[0], 1)
     rows = (*q.shape[:3], 1)
     upstream = None if grad_lse is None else dense(grad_lse).reshape(rows)
-    found = list(
-        attention_backward_kernel[cores](
-            heads_of(grad_out), upstream, q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths,
-            heads_of(out), dense(lse).reshape(rows), options, outs.get("grad_attn_mask"), outs.get("grad_sinks"),
-        )  # fmt: skip
-    )
+    gradients = attention_backward_kernel[cores](
+        heads_of(grad_out), upstream, q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths,
+        heads_of(out), dense(lse).reshape(rows), options, outs.get("grad_attn_mask"), outs.get("grad_sinks"),
+    )  # fmt: skip
+    found = list(gradients)
     results = {
         "grad_query": found.pop(0).reshape(tuple(query.shape)),
         "grad_key": found.pop(0).reshape(tuple(key.shape)),

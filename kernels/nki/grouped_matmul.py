@@ -1,4 +1,6 @@
-"""Rows of a, split by offsets, each group times its own matrix; rows past the last offset give 0. Kernel: `_grouped.py`."""
+"""Rows of a, split by offsets, each group times its own matrix; rows past the last offset give 0. Kernel:
+`_grouped.py`.
+"""
 
 from ._arrays import dense, refuse_dtypes, refuse_empty
 from ._grouped import grouped_kernel

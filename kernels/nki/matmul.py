@@ -1,10 +1,14 @@
 """y = activation(a @ b + bias) + residual, and optionally the preactivation a @ b + bias.
 
-The contraction goes on partitions: a arrives as [k, m] pieces (by a DMA transpose where a is stored [m, k]), b as [k, n].
-A block of a stays in SBUF while strips of b stream past it; four [128, 512] PSUM banks accumulate over all of k while
-the other four drain, alternately on Vector and Scalar. SBUF holds A_BYTES of a and B_BYTES of b on each partition; when
-one block of the whole of k does not fit, both stream. Two cores split the batch, else the rows, else the columns.
+The contraction goes on partitions: a arrives as [k, m] pieces (by a DMA transpose where a is stored [m, k]), b as
+[k, n]. A block of a stays in SBUF while strips of b stream past it; four [128, 512] PSUM banks accumulate over all
+of k while the other four drain, alternately on Vector and Scalar. SBUF holds A_BYTES of a and B_BYTES of b on each
+partition; when one block of the whole of k does not fit, both stream. Two cores split the batch, else the rows, else
+the columns.
 """
+
+# Plain loops with append: the parser front end takes a subset of Python.
+# ruff: noqa: PERF401
 
 import nki
 import nki.isa as nisa

@@ -1,4 +1,6 @@
-"""grad_z = grad * activation'(z) from the stored preactivation z; 128 rows on partitions, one load and one store each."""
+"""grad_z = grad * activation'(z) from the stored preactivation z; 128 rows on partitions, one load and one store
+each.
+"""
 
 import nki
 import nki.isa as nisa

@@ -4,6 +4,9 @@
 division as one multiply split between Vector and Scalar. Wider rows are read three times. An all -inf row is NaN.
 """
 
+# Plain loops with append: the parser front end takes a subset of Python.
+# ruff: noqa: PERF401
+
 import nki
 import nki.isa as nisa
 import nki.language as nl

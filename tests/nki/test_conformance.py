@@ -111,7 +111,7 @@ def device_functions():
         seen.add(name)
         for node in ast.walk(found[name][1]):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                queue.append(node.func.id)
+                queue += [node.func.id]
     assert jitted
     return {name: found[name] for name in seen}
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from isotile import nki_emulator
-from isotile.nki_emulator import cost, language as nl
+from isotile.nki_emulator import cost
 from isotile.nki_emulator import isa as nisa
+from isotile.nki_emulator import language as nl
 
 _spec = importlib.util.spec_from_file_location("nki_adapter", pathlib.Path(__file__).parent / "adapter.py")
 adapter = importlib.util.module_from_spec(_spec)
@@ -118,8 +119,8 @@ def test_decode_attention_bar():
 
 
 def test_published_measurements_lie_between_the_bounds():
-    """90.9 % of the peak is published for 2048^3 bf16 on trn2 with the left operand transposed (nki-autotune), and 10.98 %
-    for a matmul on trn1 that loads both tiles anew for each product (4096 x 8192 x 8192, SDK documentation up to 2.2x)."""
+    """Published: 90.9 % of peak for 2048^3 bf16 on trn2, left operand transposed (nki-autotune); 10.98 % on trn1 for
+    4096 x 8192 x 8192 where both tiles are loaded anew for each product (SDK documentation up to 2.2x)."""
     n = 2048
     best = modelled(lambda: kernel("matmul").run(zeros(n, n).T, zeros(n, n), activation=0, outs={"y": "bfloat16"}))
     assert 0.909 <= best.tensor_share(2 * n**3) <= 1.0

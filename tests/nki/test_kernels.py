@@ -1,4 +1,6 @@
-"""Every NKI kernel, in the emulator, through the operators' own drawn checks: error bounds, layouts, guards, exactness."""
+"""Every NKI kernel, in the emulator, through the operators' own drawn checks: error bounds, layouts, guards,
+exactness.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from hypothesis import strategies as st
 
 from isotile import BackendError, dispatch, library, registry
 from isotile.state import use_backend
-from isotile.testing.compare import bounds, compare
 from isotile.testing.check import check_recipe
+from isotile.testing.compare import bounds, compare
 from isotile.testing.recipes import KINDS, recipes
 
 _spec = importlib.util.spec_from_file_location("nki_adapter", pathlib.Path(__file__).parent / "adapter.py")

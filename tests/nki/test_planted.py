@@ -1,5 +1,6 @@
 """Bugs planted in the emulator and in the kernels, each caught by a test that is named for it."""
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import contextlib

@@ -1,8 +1,8 @@
 """A strict emulator of the Neuron Kernel Interface (NKI 0.6) on NumPy.
 
-Kernels run unmodified: `install()` makes `import nki`, `nki.language` and `nki.isa` mean this package where the real ones
-are absent. Semantics are exact per instruction (float32 compute, one cast, round half to even); what compiler or hardware
-forbids raises `NkiValidationError` naming instruction, operand, limit and documentation page.
+Kernels run unmodified: `install()` makes `import nki`, `nki.language` and `nki.isa` mean this package where the real
+ones are absent. Semantics are exact per instruction (float32 compute, one cast, round half to even); what compiler
+or hardware forbids raises `NkiValidationError` naming instruction, operand, limit and documentation page.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Modelled engine time of a traced kernel. Never a measurement: formulas and clocks of the documentation, summed.
 
-Cycles for each instruction follow the formulas that the SDK documented last for version 2.26.1 (N elements per partition,
-at least 64 cycles), with the automatic modes of the Vector engine from gen3 on. Two readings are ours: from gen3 on Vector
-takes 256 float32 (512 16-bit) elements a cycle, so an operation with two SBUF inputs costs N rather than 2N, and N / 2 in
-the documented 2x mode; GpSimd, with 128, keeps 2N. DMA time is bytes over the practical rate, cut in proportion below
-2 KiB contiguous and below 128 partitions; HBM traffic is also held against the core's share of the chip's bandwidth.
-The kernel cannot be faster than its busiest engine (`overlapped_us`), nor slower than all of them in turn (`serial_us`).
+Cycles for each instruction follow the formulas that the SDK documented last for version 2.26.1 (N elements per
+partition, at least 64 cycles), with the automatic modes of the Vector engine from gen3 on. Two readings are ours:
+from gen3 on Vector takes 256 float32 (512 16-bit) elements a cycle, so an operation with two SBUF inputs costs N
+rather than 2N, and N / 2 in the documented 2x mode; GpSimd, with 128, keeps 2N. DMA time is bytes over the practical
+rate, cut in proportion below 2 KiB contiguous and below 128 partitions; HBM traffic is also held against the core's
+share of the chip's bandwidth. The kernel cannot be faster than its busiest engine (`overlapped_us`), nor slower than
+all of them in turn (`serial_us`).
 """
 
 from __future__ import annotations

@@ -179,7 +179,8 @@ def dma_transpose(dst, src, axes=None, priority=None, dge_mode=dge_mode.unknown,
             refuse(
                 me,
                 "src",
-                f"gathering takes 2-byte rows of at most 128 and a multiple of 16 of them, given {src.dtype} {src.shape}",
+                f"gathering takes 2-byte rows of at most 128 and a multiple of 16 of them, given "
+                f"{src.dtype} {src.shape}",
             )
     else:
         if mode not in ("unknown", "hwdge"):

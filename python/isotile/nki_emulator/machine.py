@@ -59,7 +59,7 @@ TARGETS = {"trn1": 2, "inf2": 2, "gen2": 2, "trn2": 3, "gen3": 3, "trn3": 4, "ge
 
 
 def target_generation(target: str | None = None) -> int:
-    """Generation number of an explicit target, else of NEURON_PLATFORM_TARGET_OVERRIDE, else trn3 (the SDK's default)."""
+    """Generation of an explicit target, else of NEURON_PLATFORM_TARGET_OVERRIDE, else trn3 (the SDK's default)."""
     name = target or os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE") or "trn3"
     if name not in TARGETS:
         raise NkiValidationError(f"unknown platform target {name!r}; known: {', '.join(TARGETS)}")
@@ -167,12 +167,14 @@ class Report:
             live = sorted(self.allocations.values(), key=lambda a: -a[2])
             names = ", ".join(f"{a[3] or 'tile'} {a[2]} B" for a in live[:4] if a[0] is MemoryRegion.sbuf)
             raise NkiValidationError(
-                f"SBUF overflow: live tiles need {self.peak_sbuf_bytes} bytes per partition, gen{self.generation} has {limit} "
+                f"SBUF overflow: live tiles need {self.peak_sbuf_bytes} bytes per partition, "
+                f"gen{self.generation} has {limit} "
                 f"usable (largest: {names}) [{PAGES}nki.language.tile_size.html]"
             )
         if self.peak_psum_banks > PSUM_BANKS:
             raise NkiValidationError(
-                f"PSUM overflow: live tiles need {self.peak_psum_banks} banks of {BANK_BYTES} bytes per partition, the core "
+                f"PSUM overflow: live tiles need {self.peak_psum_banks} banks of {BANK_BYTES} bytes per partition, "
+                f"the core "
                 f"has {PSUM_BANKS} [{PAGES}nki.language.tile_size.html]"
             )
 
@@ -200,7 +202,8 @@ class Pair:
                     raise PeerFailed(f"core {core}: the other core failed while this one waited in {what}")
                 if any(done for i, done in enumerate(self.finished) if i != core):
                     raise NkiValidationError(
-                        f"nisa.{what}: core {core} waits but the other core has finished: control flow around {what} diverged "
+                        f"nisa.{what}: core {core} waits but the other core has finished: "
+                        f"control flow around {what} diverged "
                         f"[{PAGES}nki.isa.{what}.html]"
                     )
                 self.lock.wait(timeout=0.5)
@@ -274,7 +277,8 @@ class Core:
                 self.pair.storages[key] = found
             elif found.nbytes != partitions * row_bytes:
                 raise NkiValidationError(
-                    f"nl.ndarray: shared_hbm allocation {key} has {found.nbytes} bytes on one core and {partitions * row_bytes} "
+                    f"nl.ndarray: shared_hbm allocation {key} has {found.nbytes} bytes on one "
+                    f"core and {partitions * row_bytes} "
                     "on the other: allocate shared tensors in the same order on both cores"
                 )
             return found

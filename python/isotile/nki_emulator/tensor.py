@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 import operator
@@ -67,7 +68,7 @@ def _fields_of(cls) -> dict:
         if base is NKIObject or not issubclass(base, NKIObject):
             continue
         declared = base.__dict__.get("__dataclass_fields__", {})
-        for name, annotation in base.__dict__.get("__annotations__", {}).items():
+        for name, annotation in inspect.get_annotations(base).items():
             if "ClassVar" not in str(annotation):
                 fields[name] = declared.get(name, base.__dict__.get(name))
     return fields
