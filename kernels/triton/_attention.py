@@ -42,7 +42,7 @@ def scores(
     HAS_SLOPES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Scores in units of log 2, hidden ones -inf, and the derivative of the softcap (1.0 without).
+    """Scores in units of log 2, hidden ones -inf; the derivative of the softcap (1.0 without); what is visible.
 
     MASKED: some index rule (length, causal, window) may hide part of this tile. A mask tensor may hide in any tile.
     """
@@ -66,9 +66,11 @@ def scores(
         if mask_base.dtype.element_ty == tl.int1:
             shown = tl.load(at, mask=visible, other=0).to(tl.int1)
             s = tl.where(shown, s, -float("inf"))
+            visible &= shown
         else:
             bias = tl.load(at, mask=visible, other=0.0).to(tl.float32)
             s = tl.where(bias == -float("inf"), bias, s + bias)
+            visible &= bias != -float("inf")
     if not plain:
         s *= LOG2E
     if MASKED:
@@ -77,7 +79,7 @@ def scores(
         if HAS_LEFT:
             visible &= key >= query + offset - left
         s = tl.where(visible, s, -float("inf"))
-    return s, slack
+    return s, slack, visible
 
 
 @triton.jit
@@ -144,21 +146,24 @@ def finite_part(x):
 
 
 @triton.jit
-def hidden_free(s, x):
-    """What the NaN and infinite elements of x add to (weights @ x), counting only scores that are not hidden.
+def hidden_free(visible, weight, x):
+    """What the NaN and infinite elements of x add to (weight @ x), weights >= 0, over visible pairs only.
 
-    One product on the matrix units: the kinds are counted in separate digits, which bfloat16 and float32 hold exactly
-    for up to 255 terms.
+    The kinds are counted by a product on the matrix units, in separate digits, which bfloat16 and float32 hold exactly
+    for up to 255 terms. A visible weight of 0 times infinity is NaN.
     """
     wide = x.to(tl.float32)
     kind = tl.where(wide != wide, 1.0, 0.0)
     kind = tl.where(wide == float("inf"), 256.0, kind)
     kind = tl.where(wide == -float("inf"), 65536.0, kind)
-    seen = tl.where(s == -float("inf"), 0.0, 1.0)
+    seen = tl.where(visible, 1.0, 0.0)
     count = tl.dot(seen.to(tl.bfloat16), kind.to(tl.bfloat16)).to(tl.int32)
     total = tl.where(count % 256 > 0, float("nan"), 0.0)
     total += tl.where((count // 256) % 256 > 0, float("inf"), 0.0)
-    return total + tl.where(count // 65536 > 0, -float("inf"), 0.0)
+    total += tl.where(count // 65536 > 0, -float("inf"), 0.0)
+    nothing = tl.where(visible & (weight == 0), 1.0, 0.0)
+    undefined = tl.dot(nothing.to(tl.bfloat16), tl.where(kind > 1.0, 1.0, 0.0).to(tl.bfloat16))
+    return total + tl.where(undefined > 0, float("nan"), 0.0)
 
 
 @dataclass(frozen=True)

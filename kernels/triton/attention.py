@@ -102,7 +102,7 @@ def _attend(
             else:
                 k = tl.load(k_at)
         raw = tl.dot(q, k, input_precision=PRECISION)
-        s, _ = scores(
+        s, _, visible = scores(
             raw,
             query[:, None],
             key[None, :],
@@ -147,7 +147,7 @@ def _attend(
             else:
                 v = tl.load(v_at)
         if SAFE:
-            acc += hidden_free(s, v)
+            acc += hidden_free(visible, p, v)
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, top

@@ -173,7 +173,7 @@ def _gather_key_value(
         lse = tl.where(lse == -float("inf"), 0.0, lse)
         delta = tl.load(delta_at + query, mask=inside, other=0.0)
         raw = tl.dot(k, q.T, input_precision=PRECISION)
-        s, slack = scores(
+        s, slack, visible = scores(
             raw,
             query[None, :],
             key[:, None],
@@ -197,7 +197,7 @@ def _gather_key_value(
         )
         p = tl.exp2(s - lse[None, :])
         if MASKED or mask_base is not None:
-            p = tl.where(s == -float("inf"), 0.0, p)  # also where the query's lse is NaN
+            p = tl.where(visible, p, 0.0)  # also where the query's lse is NaN
         grad_p = tl.dot(v, grad.T, input_precision=PRECISION)
         dropped = p
         if DROPOUT:
@@ -206,10 +206,10 @@ def _gather_key_value(
             grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
         grad_s = p * (grad_p - delta[None, :])
         if MASKED or mask_base is not None:
-            grad_s = tl.where(s == -float("inf"), 0.0, grad_s)
+            grad_s = tl.where(visible, grad_s, 0.0)
         grad_s = grad_s * slack
         if SAFE:
-            grad_v += hidden_free(s, grad)
+            grad_v += hidden_free(visible, dropped, grad)
             grad = finite_part(grad)
             q = finite_part(q)  # a visible NaN or infinity is already in grad_s
         grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
@@ -612,7 +612,7 @@ def _gather_query(
         else:
             v = tl.load(v_at)
         raw = tl.dot(q, k.T, input_precision=PRECISION)
-        s, slack = scores(
+        s, slack, visible = scores(
             raw,
             query[:, None],
             key[None, :],
@@ -641,7 +641,7 @@ def _gather_query(
             grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
         grad_s = p * (grad_p - delta[:, None])
         if MASKED or mask_base is not None:
-            grad_s = tl.where(s == -float("inf"), 0.0, grad_s)
+            grad_s = tl.where(visible, grad_s, 0.0)
         if grad_mask_base is not None:
             query_at = query.to(tl.int64) if WIDE else query
             tl.store(
