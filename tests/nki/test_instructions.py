@@ -1086,3 +1086,22 @@ def test_gpsimd_integer_wraps_uint32(instruct):
         lambda dst, x, y: nisa.tensor_tensor(dst=dst, data1=x, data2=y, op=nl.subtract), (1, 2), nl.uint32, a, b
     )
     assert got[0].tolist() == [0xFFFFFFFF, 2]
+
+
+def test_packed_words_come_from_unsigned_integers(instruct):
+    words = np.arange(64, dtype=np.uint32).reshape(32, 2) * 0x01020304
+
+    def body(dst, a):
+        packed = nl.ndarray((32, 2), nl.float8_e4m3fn_x4)
+        nisa.dma_copy(dst=packed, src=a)
+        nisa.tensor_copy(dst=dst, src=packed.view(nl.uint32))
+
+    np.testing.assert_array_equal(instruct(body, (32, 2), nl.uint32, words, target="gen4"), words)
+    with pytest.raises(NkiValidationError, match="without a cast"):
+        instruct(
+            lambda dst, a: nisa.dma_copy(dst=nl.ndarray((32, 2), nl.float8_e4m3fn_x4), src=a.view(nl.float32)),
+            (32, 2),
+            nl.uint32,
+            words,
+            target="gen4",
+        )

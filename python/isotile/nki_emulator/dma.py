@@ -46,6 +46,11 @@ def _modes(me, dge, oob, priority, engine=engines.unknown):
             refuse(me, "priority", f"0 (highest) to 3, given {priority}")
 
 
+def _same_bits(a, b):
+    """A packed dtype and the unsigned integers that hold its bits on the host."""
+    return {a.kind, b.kind} == {"x", "u"} and a.itemsize == b.itemsize
+
+
 def _run_bytes(tensor):
     """Contiguous bytes of the innermost run, which DMA efficiency follows."""
     run = 1
@@ -92,7 +97,7 @@ def dma_copy(
     if dst.dtype != src.dtype:
         if mode == "hwdge":
             refuse(me, "dst", f"hwdge does not cast: {src.dtype} to {dst.dtype}")
-        if "x" in (dst.dtype.kind, src.dtype.kind):
+        if "x" in (dst.dtype.kind, src.dtype.kind) and not _same_bits(dst.dtype, src.dtype):
             refuse(me, "dst", f"packed dtypes are copied without a cast only, given {src.dtype} to {dst.dtype}")
     skip = oob_mode.name == "skip"
     core = active()
@@ -112,7 +117,8 @@ def dma_copy(
             if skip and src._scalars:
                 return handle
             raise
-    values = values if dst.dtype == src.dtype else from_float32(to_float32(values, src.dtype), dst.dtype)
+    if dst.dtype != src.dtype and not _same_bits(dst.dtype, src.dtype):
+        values = from_float32(to_float32(values, src.dtype), dst.dtype)
     if dst._vector is not None:
         (table, index), valid = dst.vector_rows()
         if not valid.all() and not skip:

@@ -342,7 +342,7 @@ def nc_transpose(dst, data, engine=engines.unknown, name=None):
                 array = from_float32(np.matmul(values.T, np.eye(p, dtype=np.float32)).T, data.dtype)
         dst.array()[...] = array.T.reshape(dst.shape)
         if dst.storage.psum_state is not None:
-            dst.psum_state()[...] = PSUM_WRITTEN
+            dst.psum_state()[...] = PSUM_WRITTEN | PSUM_MATMUL if where == "tensor" else PSUM_WRITTEN
     return handle
 
 
