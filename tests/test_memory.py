@@ -150,7 +150,7 @@ def test_attention_memory_is_linear_at_16384(dtype, gradient):
     allowed = linear_allowance(sequence, dtype, gradient)
     assert allowed < scores / 16
     rise = peak_rise("cpu", dtype, sequence, gradient)
-    said = f"the peak rose by {rise / 2**20:.1f} MiB; allowed {allowed / 2**20:.1f}, the scores alone {scores / 2**20:.0f}"
+    said = f"the peak rose by {rise >> 20} MiB; allowed {allowed >> 20}, the scores alone {scores >> 20}"
     assert rise <= allowed, said
 
 
