@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class Judge:
         return self._normwise(pairs, ours, share)
 
     def _normwise(
-        self, pairs: list[tuple[torch.Tensor, torch.Tensor]], ours: bool, share: float | None
+        self, pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], ours: bool, share: float | None
     ) -> Agreement:
         relative = max((relative_error(got, want) for got, want in pairs), default=0.0)
         limit = SAME_FUNCTION[self.workload.dtype]
@@ -190,10 +191,7 @@ class Judge:
             sign = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
             moved[name] = (value * (1 + step * sign)).to(value.dtype)
         found = self._reference_gradients(moved)
-        return {
-            n: max(step, 0.0 if g is None or self.gradients[n] is None else relative_error(g, self.gradients[n]))
-            for n, g in found.items()
-        }
+        return {n: max(step, relative_error(g, self.gradients[n])) for n, g in found.items()}
 
     def backward(self, gradients: tuple[torch.Tensor | None, ...], pull: Call, ours: bool) -> Agreement:
         """The gradients that a contender gave; `pull` gives them again.
@@ -215,11 +213,11 @@ class Judge:
             for name, want in self.gradients.items():
                 if want is None:
                     continue
-                error, limit = relative_error(named[name], want), 4 * self.movement[name]
-                if not error <= limit:
-                    reason = f"gradient of {name}: differs by {error:.2g} of its norm, more than {limit:.2g}"
-                    return Agreement(False, self.against, share, error, reason)
-        pairs = [(named[n], want) for n, want in self.gradients.items() if want is not None]
+                distance, limit = relative_error(named[name], want), 4 * self.movement[name]
+                if not distance <= limit:
+                    reason = f"gradient of {name}: differs by {distance:.2g} of its norm, more than {limit:.2g}"
+                    return Agreement(False, self.against, share, distance, reason)
+        pairs = [(named[n], want) for n, want in self.gradients.items()]
         return self._normwise(pairs, ours, share)
 
     def _kernels(self, pull: Call) -> float | None:
@@ -279,8 +277,10 @@ def backward_bytes(workload: Workload, inputs: Inputs, upstream: list[torch.Tens
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference over the norm of `want`; NaN where only one side is NaN."""
+def relative_error(got: torch.Tensor | None, want: torch.Tensor | None) -> float:
+    """Norm of the difference over the norm of `want`; NaN where one of them has one, 0 where there are none."""
+    if got is None or want is None:
+        return 0.0 if got is want else math.inf
     got, want = got.detach().cpu().double(), want.double()
     if got.shape != want.shape:
         return math.inf

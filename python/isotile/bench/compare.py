@@ -20,7 +20,7 @@ Key = tuple[str, str, str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One row in both runs. `ratio` is B's time over A's; `low` and `high` enclose it, `best` is that of the fastest."""
+    """One row in both runs. `ratio` is B's time over A's, within `low` and `high`; `best`, of the fastest samples."""
 
     key: Key
     a: float
@@ -31,7 +31,7 @@ class Change:
     best: float
 
     def slower(self, threshold: float) -> bool:
-        # Other load only adds time: where the fastest samples do not differ, the machine was busier, not the code slower.
+        # Other load only adds time: where the fastest samples are alike, the machine was busier, not the code slower.
         return self.ratio > threshold and self.low > 1 and self.best > math.sqrt(threshold)
 
     def faster(self, threshold: float) -> bool:

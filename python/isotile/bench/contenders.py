@@ -159,7 +159,7 @@ class Prepared:
 
     def prepare_backward(self, inputs: Inputs, upstream: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
         """Run every forward, make the backward calls, and return the gradients of the first set."""
-        calls = []
+        calls: list[Call] = []
         for forward, values in zip(self.forwards, inputs.sets, strict=True):
             outs = [r for r in as_tuple(forward()) if r.requires_grad]
             leaves = [values[n] for n in self.wanted]

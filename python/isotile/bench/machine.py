@@ -95,7 +95,7 @@ def bandwidth(quick: bool) -> float:
     size = min(max(4 * last_level_cache(), 64 << 20), 1 << 30)
     source = torch.zeros(size // 4, dtype=torch.float32)
     target = torch.ones_like(source)
-    return 2 * size / least(lambda: target.copy_(source), 1, 3 if quick else 12)
+    return 2 * size / least(lambda: target.copy_(source), 1, 5 if quick else 20)
 
 
 def products(dtype: torch.dtype, quick: bool) -> float:
@@ -103,7 +103,7 @@ def products(dtype: torch.dtype, quick: bool) -> float:
     n = 1024 if quick else 1536
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator).to(dtype) for _ in range(2))
-    rounds = 3 if quick else 8
+    rounds = 5 if quick else 15
     best = least(lambda: torch.matmul(a, b), 1, rounds)
     if BACKENDS["cpu"].unavailable("cpu") is None:
         with use_backend("cpu"):

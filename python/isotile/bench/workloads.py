@@ -105,7 +105,7 @@ def select(
             raise UsageError(f"no operator {op!r}; there are {', '.join(known)}")
     chosen = [known[o] for o in dict.fromkeys(ops)] or [s for s in known.values() if not s.internal]
     unmatched = set(cases or ())
-    found = []
+    found: list[Workload] = []
     for spec, direction in itertools.product(chosen, directions):
         if direction == "backward" and spec.internal:
             continue
