@@ -202,7 +202,7 @@ def _gather_key_value(
         dropped = p
         if DROPOUT:
             keep = kept(seed_ptr, query[None, :], key[:, None], head_index, threshold)
-            dropped = tl.where(keep, p * keep_scale, 0.0)
+            dropped = p * tl.where(keep, keep_scale, 0.0)  # a NaN stays one when dropped
             grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
         grad_s = p * (grad_p - delta[None, :])
         if MASKED or mask_base is not None:
