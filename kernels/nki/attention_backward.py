@@ -4,13 +4,11 @@ Query tiles of 128 in the outer loop, key blocks of 512 inside. Scores are taken
 * (dO v^T - D) with D = sum(dO * out) - grad_lse. grad_key and grad_value of one key/value head stay in SBUF in
 float32 while all query tiles of its group pass; P and dS have queries on partitions, so their products with dO and q
 need no transpose; only dS is turned for grad_query. Hidden pairs are set to exactly 0 in P and dS, and where some
-pairs of a block are hidden, a key that is not finite is kept from meeting those zeros.
+pairs of a block are hidden, what is not finite in dO, q and k is kept from meeting those zeros.
 """
 
 # Plain loops with append: the parser front end takes a subset of Python.
 # ruff: noqa: PERF401
-
-import math
 
 import nki
 import nki.isa as nisa
@@ -150,12 +148,9 @@ def attention_backward_kernel(
                 q_turned = _contractions(query[b, h], q0, q1)
                 o_turned = _contractions(grad_out[b, h], q0, q1)
                 q_rows = load(query[b, h, q0:q1], query.dtype)
-                own_lse = load(lse[b, h, q0:q1], nl.float32)
-                blind = nl.ndarray((p, 1), nl.uint8, buffer=nl.sbuf)
-                nisa.tensor_scalar(dst=blind, data=own_lse, op0=nl.equal, operand0=-math.inf)
-                nisa.tensor_copy_predicated(dst=q_rows, src=0.0, predicate=blind.broadcast(1, d))
                 do_rows = load(grad_out[b, h, q0:q1], grad_out.dtype)
                 o_rows = load(out[b, h, q0:q1], out.dtype)
+                own_lse = load(lse[b, h, q0:q1], nl.float32)
                 product = nl.ndarray((p, dv), nl.float32, buffer=nl.sbuf)
                 nisa.tensor_tensor(dst=product, data1=do_rows, data2=o_rows, op=nl.multiply)
                 dot = column(p)
@@ -244,8 +239,8 @@ def attention_backward_kernel(
                     for c in range(k0, k1, 128):
                         chunk = c // 128
                         stop = min(k1, c + 128)
-                        _add_product(grad_v[chunk], low_power[:, c - k0 : stop - k0], do_rows, False)
-                        _add_product(grad_k[chunk], low_grad[:, c - k0 : stop - k0], q_rows, False)
+                        _add_product(grad_v[chunk], low_power[:, c - k0 : stop - k0], do_rows, guarded)
+                        _add_product(grad_k[chunk], low_grad[:, c - k0 : stop - k0], q_rows, guarded)
                         turned = turn(low_grad[:, c - k0 : stop - k0], turned_count, True)
                         turned_count += 1
                         _add_product(grad_q, turned, k_rows[chunk], guarded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -513,7 +514,8 @@ def tensor_scalar_cumulative(dst, src, op0, op1, imm0, imm1=None, reduce_cmd=red
             result[:, i] = carry
     else:
         joined = np.concatenate([np.asarray(start, np.float32), values], axis=1)
-        result = BINARY[second].accumulate(joined, axis=1)[:, 1:]
+        operation_of: Any = BINARY[second]
+        result = operation_of.accumulate(joined, axis=1)[:, 1:]
     core.vector_acc.value[lane] = result[:, -1]
     core.vector_acc.valid[lane] = True
     write2(dst, result)

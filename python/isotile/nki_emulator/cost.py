@@ -122,7 +122,7 @@ class Estimate:
 
     @property
     def critical(self) -> str:
-        return max(self.busy_us, key=self.busy_us.get)
+        return max(self.busy_us, key=self.busy_us.__getitem__)
 
     @property
     def overlapped_us(self) -> float:

@@ -274,6 +274,7 @@ def dma_compute(dst, srcs, reduce_op, scales=None, unique_indices=True, oob_mode
             values = src.array()
         values = to_float32(values, src.dtype).reshape(dst.shape)
         total = values if total is None else total + values
+    assert total is not None  # there is at least one source
     typed = from_float32(total, dst.dtype)
     if dst._vector is not None:
         (table, index), valid = dst.vector_rows()

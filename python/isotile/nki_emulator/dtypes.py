@@ -158,5 +158,5 @@ def unpack(values: np.ndarray, dtype: DType) -> np.ndarray:
     if dtype is float4_e2m1fn_x4:
         nibbles = (values[..., None] >> np.array([0, 4, 8, 12], np.uint16)) & np.uint16(15)
         return nibbles.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    element = ALL[dtype.packed].dtype
+    element = ALL[dtype.packed or ""].dtype
     return values[..., None].view(np.uint8).view(element).astype(np.float32)

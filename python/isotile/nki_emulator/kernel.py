@@ -10,11 +10,12 @@ import os
 import sys
 import threading
 import warnings
+from typing import Any
 
 import numpy as np
 
 from .dtypes import as_dtype, bool_
-from .machine import Core, MemoryRegion, NkiValidationError, Pair, PeerFailed, activate, active, target_generation
+from .machine import Core, MemoryRegion, NkiValidationError, Pair, PeerFailed, activate, current, target_generation
 from .tensor import NKIObject, NkiTensor, VirtualRegister, allocate
 
 _session = threading.local()
@@ -69,7 +70,7 @@ class Kernel:
         return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args, **kwargs):
-        if active(optional=True) is not None:
+        if current() is not None:
             return self.func(*args, **kwargs)
         return run(self.func, self.grid, args, kwargs)
 
@@ -231,7 +232,8 @@ def run(function, grid, args, kwargs):
         raise NkiValidationError("gen2 has no two-core launch (LNC2); use kernel[1]")
     pair = Pair(count)
     arguments = _Arguments()
-    results, errors = [None] * count, [None] * count
+    results: list[Any] = [None] * count
+    errors: list[BaseException | None] = [None] * count
     cores = [
         Core(generation, i, pair, grid or (count if count > 1 else 0), dry=current.dry, record=current.record)
         for i in range(count)

@@ -6,6 +6,7 @@ import enum
 import os
 import threading
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def target_generation(target: str | None = None) -> int:
     return TARGETS[name]
 
 
-def refuse(instruction: str, operand: str | None, message: str):
+def refuse(instruction: str, operand: str | None, message: str) -> NoReturn:
     where = f"nisa.{instruction}" if "." not in instruction else instruction
     page = (
         PAGES
@@ -140,7 +141,7 @@ class Report:
 
     def measure(self):
         """Peak use from live ranges in program order: a tile lives from its first to its last instruction."""
-        events = {}
+        events: dict[int, list] = {}
         for buffer, partitions, row_bytes, _, first, last in self.allocations.values():
             if first is None or not buffer.on_chip:
                 continue
@@ -185,10 +186,8 @@ class Pair:
     def __init__(self, size: int):
         self.size = size
         self.lock = threading.Condition()
-        self.shared = [{} for _ in range(size)]  # shared_hbm allocations by ordinal
-        self.storages = {}
-        self.mail = {}
-        self.waiting = {}
+        self.storages: dict[int, Storage] = {}  # shared_hbm allocations by ordinal
+        self.mail: dict[tuple, list] = {}
         self.arrived = [0] * size
         self.finished = [False] * size
         self.failed = False
@@ -242,9 +241,9 @@ class Core:
         self.shared_count = 0
         self.scalar_acc = Accumulator()
         self.vector_acc = Accumulator()
-        self.identities = {}
+        self.identities: dict[tuple, Any] = {}
         self.rng_vector = np.random.Generator(np.random.Philox(0x5EED + core))
-        self.xorwow = {}
+        self.xorwow: dict[str, np.ndarray] = {}
         self.no_reorder = 0
         self.count = 0
 
@@ -288,7 +287,8 @@ class Core:
         index = self.count
         self.count += 1
         allocations = self.report.allocations
-        read_areas, write_areas = [], []
+        read_areas: list[tuple] = []
+        write_areas: list[tuple] = []
         for tensors, areas in ((reads, read_areas), (writes, write_areas)):
             for tensor in tensors:
                 storage = tensor.storage
@@ -316,9 +316,13 @@ class Core:
 _active = threading.local()
 
 
-def active(optional=False) -> Core | None:
-    core = getattr(_active, "core", None)
-    if core is None and not optional:
+def current() -> Core | None:
+    return getattr(_active, "core", None)
+
+
+def active() -> Core:
+    core = current()
+    if core is None:
         raise RuntimeError("NKI operations need an active kernel: call the function through nki.simulate or nki.jit")
     return core
 

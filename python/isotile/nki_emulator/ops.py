@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 F32 = np.float32
@@ -13,7 +16,7 @@ class Op:
     def __init__(self, name: str):
         self.name = name
         self.__name__ = name
-        self.function = None  # set by `language`
+        self.function: Callable[..., Any] | None = None  # set by `language`
 
     def __call__(self, *args, **kwargs):
         if self.function is None:
@@ -32,7 +35,7 @@ def _compare(f):
     return lambda a, b: f(a, b).astype(F32)
 
 
-BINARY = {
+BINARY: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "subtract": np.subtract,
     "multiply": np.multiply,
@@ -51,7 +54,7 @@ BINARY = {
     "abs_max": lambda a, b: np.where(np.abs(a) >= np.abs(b), a, b),
     "abs_min": lambda a, b: np.where(np.abs(a) <= np.abs(b), a, b),
 }
-UNARY = {
+UNARY: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "square": np.square,
     "relu": lambda x: np.maximum(x, F32(0)),

@@ -32,7 +32,7 @@ class NKIObject:
                 continue
             annotations[name] = object
             if isinstance(value, (list, dict, set)):
-                setattr(cls, name, dataclasses.field(default_factory=lambda value=value: value.copy()))
+                setattr(cls, name, dataclasses.field(default_factory=value.copy))
         cls.__annotations__ = annotations
         if "__init__" not in own and dataclasses.is_dataclass(cls):
             cls.__init__ = NKIObject.__init__  # an undecorated heir of a dataclass has fields of its own
@@ -537,8 +537,8 @@ class NkiTensor(NKIObject):
         if merged is None:
             raise NkiValidationError(f"NkiTensor.flatten_dims: dims {start}..{end} of {self!r} are not contiguous")
         return self._view(
-            (*self.shape[:start], merged[0], *self.shape[end + 1:]),
-            (*self.strides[:start], merged[1], *self.strides[end + 1:]),
+            (*self.shape[:start], merged[0], *self.shape[end + 1 :]),
+            (*self.strides[:start], merged[1], *self.strides[end + 1 :]),
         )
 
     def reshape(self, shape):
@@ -666,7 +666,8 @@ class NkiTensor(NKIObject):
         if any(n < 1 or s < 0 for s, n in pattern):
             raise NkiValidationError(f"NkiTensor.ap: pattern {pattern} needs counts >= 1 and strides >= 0")
         stride = self.strides[indirect_dim] * ratio_old // ratio_new
-        scalars, vector = (), None
+        scalars: tuple = ()
+        vector = None
         if scalar_offset is not None:
             if isinstance(scalar_offset, NkiTensor) and scalar_offset.size != 1:
                 raise NkiValidationError(
@@ -745,7 +746,7 @@ def _merge(shape, strides):
 def _reshape_strides(shape, strides, new_shape):
     """Strides that view `shape` as `new_shape`, or None where that needs a copy."""
     old = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
-    chunks = []  # maximal runs of contiguous dims: [size, innermost stride]
+    chunks: list[list] = []  # maximal runs of contiguous dims: [size, innermost stride]
     for n, s in old:
         if chunks and chunks[-1][1] == n * s:
             chunks[-1] = [chunks[-1][0] * n, s]
