@@ -32,10 +32,9 @@ TARGETS = [("gen2", 1), ("gen3", 1), ("gen3", 2), ("gen4", 2)]
 
 @pytest.fixture(params=TARGETS, ids=lambda p: f"{p[0]}x{p[1]}")
 def backend(request):
-    yield adapter.use(*request.param)
-    from isotile.backends import BACKENDS
-
-    BACKENDS.pop("nki")
+    adapter.use(*request.param)
+    yield
+    adapter.restore()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

@@ -25,7 +25,8 @@ DEVICE_TYPES = ("neuron", "xla", "privateuseone")
 def _sdk() -> bool:
     """Whether the Neuron SDK's own nki is installed; PyPI's package of that name is an empty placeholder."""
     try:
-        return importlib.util.find_spec("nki.isa") is not None
+        spec = importlib.util.find_spec("nki.isa")
+        return spec is not None and spec.name == "nki.isa"  # the emulator's alias keeps its own name
     except ModuleNotFoundError:
         return False
 
