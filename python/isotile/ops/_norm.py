@@ -63,8 +63,9 @@ def exact_inputs(args: SimpleNamespace) -> tuple[torch.Tensor, int]:
 
 
 def default_eps(eps: float | None, dtype: torch.dtype) -> float:
-    """rms_norm's eps: as `torch.nn.functional.rms_norm`, the machine epsilon of the input's dtype if not given."""
-    return torch.finfo(dtype).eps if eps is None else eps
+    """rms_norm's eps: as `torch.nn.functional.rms_norm`, the machine epsilon of the accumulator if not given."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.finfo(wide).eps if eps is None else eps
 
 
 def upstream(saved: SimpleNamespace, grads: dict) -> tuple[torch.Tensor, torch.Tensor]:

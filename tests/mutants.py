@@ -1,0 +1,612 @@
+"""Plants one-line bugs in copies of the sources and shows which test catches each.
+
+`make mutants`, or `python tests/mutants.py [NAME ...]` for some, `--list` to see them, `--keep DIR` to keep the copy
+and its build for the next run. Each bug is one that a careful engineer could write. The tests named beside it are few, so
+that it is quick, and they pass on the unchanged copy first. A C++ bug costs one object: for those the extension is
+built for the scalar instruction set alone, hardly optimised; the others use the installed one. The vector headers are
+tested by tests/csrc/test_vec.py, which compiles for itself.
+
+Exit code 0: every bug was caught by a failing test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import _copies
+
+INTERPRET = {"TRITON_INTERPRET": "1"}
+TIMEOUT_S = 900
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One bug. `objects`: the kernels to compile again."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+    tests: tuple[str, ...]
+    objects: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+
+
+def drawn(op: str, *dtypes: str, backend: str = "cpu") -> tuple[str, ...]:
+    """The drawn examples of an operator."""
+    return tuple(
+        f"tests/test_ops.py::test_agrees_with_the_float64_truth[{op}-{backend}-{d}]" for d in dtypes or ("float32",)
+    )
+
+
+def interpreted(op: str, dtype: str = "float32") -> tuple[str, ...]:
+    return (f"tests/test_triton.py::test_agrees_with_the_float64_truth[{dtype}-{op}]",)
+
+
+def vectors(isa: str) -> tuple[str, ...]:
+    return (f"tests/csrc/test_vec.py::test_vectors_keep_their_contract[{isa}-True]",)
+
+
+KERNELS = [
+    Mutant(
+        "last_lane_left_out",
+        "csrc/ops/_rows.h",
+        "  if (i < n) f(TailLanes<A>{i, n - i});",
+        "  if (i + 1 < n) f(TailLanes<A>{i, n - i});",
+        "a tail of one element looks like no tail",
+        drawn("softmax"),
+        ("softmax",),
+    ),
+    Mutant(
+        "maximum_of_padding",
+        "csrc/ops/softmax.cc",
+        "  if (i < n) m[1] = select(V::Mask::first(n - i), max(V::load(x + i, n - i), m[1]), m[1]);",
+        "  if (i < n) m[1] = max(V::load(x + i, n - i), m[1]);",
+        "a masked load gives zeros, which only rows far below zero notice",
+        drawn("softmax"),
+        ("softmax",),
+    ),
+    Mutant(
+        "softmax_rows_start_over",
+        "csrc/ops/softmax.cc",
+        "  const Scratch<A> kept(keep ? n : 0);\n  RowWalker<2> walk({&x, &y}, begin);",
+        "  const Scratch<A> kept(keep ? n : 0);\n  RowWalker<2> walk({&x, &y}, 0);",
+        "right until a second thread begins elsewhere",
+        ("tests/test_laws.py::test_the_same_bits_again_and_on_any_number_of_threads[softmax-float32]",),
+        ("softmax",),
+    ),
+    Mutant(
+        "variance_about_the_guess",
+        "csrc/ops/_norm.h",
+        "      variance = moments[1] / count - rest * rest;",
+        "      variance = moments[1] / count;",
+        "the guess is taken for the mean",
+        drawn("layer_norm"),
+        ("layer_norm",),
+    ),
+    Mutant(
+        "guess_never_corrected",
+        "csrc/ops/_norm.h",
+        "      if (rest * rest <= variance || pass == 1) break;",
+        "      if (rest * rest <= variance || pass == 0) break;",
+        "the second pass is for rows whose first elements are unlike the rest",
+        drawn("layer_norm"),
+        ("layer_norm",),
+    ),
+    Mutant(
+        "sum_not_rounded",
+        "csrc/ops/_norm.h",
+        "          x[i] = static_cast<A>(to_accumulator(rounded));",
+        "          x[i] = static_cast<A>(x[i]);",
+        "the norm is of the rounded sum",
+        drawn("layer_norm", "bfloat16"),
+        ("layer_norm",),
+    ),
+    Mutant(
+        "weight_offset_forgotten",
+        "csrc/ops/_rows.h",
+        "    return view.present() && plain<A>(view) && offset == 0;",
+        "    return view.present() && plain<A>(view);",
+        "a weight that needs no conversion is used where it is",
+        drawn("rms_norm"),
+        ("rms_norm",),
+    ),
+    Mutant(
+        "mean_of_the_gradient_kept",
+        "csrc/ops/_norm_backward.h",
+        "      if constexpr (kCentered) d -= mean_wg;",
+        "      if constexpr (!kCentered) d -= mean_wg;",
+        "which of the two norms subtracts a mean",
+        drawn("layer_norm_backward"),
+        ("layer_norm_backward",),
+    ),
+    Mutant(
+        "stride_of_the_neighbour",
+        "csrc/ops/softmax_backward.cc",
+        "        const V v = (at.load(grad + i * grad_stride, u) - dot[u]) * at.load(y + i * y_stride, u);",
+        "        const V v = (at.load(grad + i * y_stride, u) - dot[u]) * at.load(y + i * y_stride, u);",
+        "both are the same until the layouts differ",
+        drawn("softmax_backward", "float32", "float64"),
+        ("softmax_backward",),
+    ),
+    Mutant(
+        "slope_at_infinity",
+        "csrc/ops/matmul_epilogue_backward.cc",
+        "    return p.s * fma(finite_factor(z), p.c, V::set1(1));",
+        "    return p.s * fma(z, p.c, V::set1(1));",
+        "0 times infinity",
+        drawn("matmul_epilogue_backward"),
+        ("matmul_epilogue_backward",),
+    ),
+    Mutant(
+        "constant_typed_short",
+        "csrc/ops/_gemm_epilogue.h",
+        "erf(x * V::set1(T(0.70710678118654752440))));",
+        "erf(x * V::set1(T(0.7071))));",
+        "an error of one part in 10^5",
+        drawn("matmul", "float32", "float64"),
+        ("matmul",),
+    ),
+    Mutant(
+        "bias_taken_for_dense",
+        "csrc/ops/_gemm_epilogue.h",
+        "e.bias_dtype, j * e.bias_stride, e.bias_stride, n);",
+        "e.bias_dtype, j, e.bias_stride, n);",
+        "a strided bias is rare",
+        drawn("matmul"),
+        ("matmul",),
+    ),
+    Mutant(
+        "first_chunk_by_panel",
+        "csrc/ops/_gemm_run.h",
+        "    const Into into = k0 > 0 ? Into::kAdd : Into::kSet;",
+        "    const Into into = index > 0 ? Into::kAdd : Into::kSet;",
+        "the first panel is the first chunk only for narrow products",
+        ("tests/csrc/test_matmul_kernel.py::test_layouts[scalar-dtype0]",),
+        ("matmul",),
+    ),
+    Mutant(
+        "last_chunk_missed",
+        "csrc/ops/_gemm_run.h",
+        "last = k0 + Kind::kChunk >= g.k;",
+        "last = k0 + Kind::kChunk > g.k;",
+        "wrong only where k is a multiple of the chunk",
+        ("tests/csrc/test_matmul_kernel.py",),
+        ("matmul",),
+    ),
+    Mutant(
+        "rows_of_no_group",
+        "csrc/ops/grouped_matmul.cc",
+        "  int64_t k(int64_t i) const override { return i < groups ? first.k : 0; }",
+        "  int64_t k(int64_t) const override { return first.k; }",
+        "rows past the last offset are 0, not the last group's",
+        drawn("grouped_matmul"),
+        ("grouped_matmul",),
+    ),
+    Mutant(
+        "decreasing_offsets",
+        "csrc/ops/_gemm_groups.h",
+        "    starts[g + 1] = end > starts[g] ? end : starts[g];",
+        "    starts[g + 1] = end;",
+        "offsets are data, and data may be wrong",
+        ("tests/csrc/test_matmul_kernel.py",),
+        ("grouped_matmul",),
+    ),
+    Mutant(
+        "causal_by_one",
+        "csrc/ops/_attention.h",
+        "    if (p->causal) row.hi = min64(row.hi, row.position + 1);",
+        "    if (p->causal) row.hi = min64(row.hi, row.position);",
+        "whether a query sees its own position",
+        drawn("attention"),
+        ("attention",),
+    ),
+    Mutant(
+        "sum_not_rescaled",
+        "csrc/ops/_attention_softmax.h",
+        "  *sum = *sum * correction + reduce_add(total);",
+        "  *sum = *sum + reduce_add(total);",
+        "shows with a second block of keys and a larger maximum there",
+        ("tests/csrc/test_attention_kernel.py", "-k", "scalar"),
+        ("attention",),
+    ),
+    Mutant(
+        "dropout_same_in_every_batch",
+        "csrc/ops/_attention.h",
+        "head = static_cast<uint32_t>(b * p.hq + row.head);",
+        "head = static_cast<uint32_t>(row.head);",
+        "a batch of one agrees",
+        drawn("attention"),
+        ("attention",),
+    ),
+    Mutant(
+        "softcap_slope",
+        "csrc/ops/_attention.h",
+        "        if (slope_out) (V::set1(1) - t * t).store(slope_out + i);",
+        "        if (slope_out) (V::set1(1) - t).store(slope_out + i);",
+        "the derivative of tanh from memory",
+        drawn("attention_backward"),
+        ("attention_backward",),
+    ),
+    Mutant(
+        "dropped_twice",
+        "csrc/ops/attention_backward.cc",
+        "      V z = prob * (back - d);",
+        "      V z = w * (back - d);",
+        "the dropped weight for the probability: equal without dropout",
+        drawn("attention_backward"),
+        ("attention_backward",),
+    ),
+]
+
+VECTORS = [
+    Mutant(
+        "ties_rounded_up",
+        "csrc/base/dtype.h",
+        "    out->bits = static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);",
+        "    out->bits = static_cast<uint16_t>((b + 0x8000u) >> 16);",
+        "bfloat16 rounding that differs at ties alone",
+        vectors("scalar"),
+    ),
+    Mutant(
+        "no_gradual_underflow",
+        "csrc/simd/math.h",
+        "  x = min(V::set1(89.0f), max(V::set1(-104.0f), x));",
+        "  x = min(V::set1(89.0f), max(V::set1(-88.0f), x));",
+        "where e^x stops being normal, not where it becomes 0",
+        vectors("scalar"),
+    ),
+    Mutant(
+        "nan_swallowed",
+        "csrc/simd/avx2.h",
+        "  const __m256i r = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan));",
+        "  const __m256i r = _mm256_blendv_epi8(rounded, b, _mm256_castps_si256(nan));",
+        "a NaN whose high half is that of infinity",
+        vectors("avx2"),
+    ),
+]
+
+PYTHON = [
+    Mutant(
+        "broadcast_stride_kept",
+        "python/isotile/shapes.py",
+        "            strides.append(stride if have == want and have != 1 else 0)",
+        "            strides.append(stride)",
+        "a dimension of size 1 that is repeated",
+        drawn("matmul"),
+    ),
+    Mutant(
+        "loops_merged_too_early",
+        "python/isotile/shapes.py",
+        "            if all(v.strides[last] == v.strides[d] * sizes[d] for _, v in active):",
+        "            if any(v.strides[last] == v.strides[d] * sizes[d] for _, v in active):",
+        "dimensions merge only if they do in every tensor",
+        drawn("layer_norm"),
+    ),
+    Mutant(
+        "normalised_group_by_size",
+        "python/isotile/shapes.py",
+        "        if total and outer != inner_size * inner:",
+        "        if total and outer < inner_size * inner:",
+        "a gap between the rows of a normalised group",
+        drawn("layer_norm"),
+    ),
+    Mutant(
+        "plans_without_strides",
+        "python/isotile/library.py",
+        "                (v.shape, v.stride(), v.dtype, v.device)\n",
+        "                (v.shape, v.dtype, v.device)\n",
+        "two layouts of one shape share a plan",
+        ("tests/test_dispatch.py", *drawn("softmax")),
+    ),
+    Mutant(
+        "plans_without_state",
+        "python/isotile/library.py",
+        "            overload,\n            state,\n",
+        "            overload,\n",
+        "a plan made under one choice serves another",
+        ("tests/test_dispatch.py", "tests/test_grad.py"),
+    ),
+    Mutant(
+        "out_checked_by_rank",
+        "python/isotile/dispatch.py",
+        "        if tuple(out.shape) != tuple(want.shape):",
+        "        if len(out.shape) != len(want.shape):",
+        "as many dimensions is not the same shape",
+        ("tests/test_errors.py", "-k", "wrong_out"),
+    ),
+    Mutant(
+        "overlap_by_start",
+        "python/isotile/library.py",
+        "    return a0 < b1 and b0 < a1",
+        "    return a0 == b0",
+        "out= that begins inside an input",
+        ("tests/test_errors.py", "-k", "may_not_lie"),
+    ),
+    Mutant(
+        "gradient_under_another_choice",
+        "python/isotile/library.py",
+        "        token = CURRENT.set(state)",
+        "        token = CURRENT.set(CURRENT.get())",
+        "the backward runs after the context of the forward",
+        ("tests/test_grad.py", "-k", "state"),
+    ),
+    Mutant(
+        "vmap_leaves_the_dimension",
+        "python/isotile/ops/softmax.py",
+        '    return {"dim": scalars.dim if scalars.dim < 0 else scalars.dim + 1}',
+        '    return {"dim": scalars.dim}',
+        "a positive dim moves when a dimension is added in front",
+        ("tests/test_library.py", "-k", "vmap and softmax"),
+    ),
+    Mutant(
+        "residual_behind_the_activation",
+        "python/isotile/ops/matmul.py",
+        '    found = {"residual": grad}',
+        '    found = {"residual": grad_z}',
+        "the residual is added after the activation",
+        ("tests/test_grad.py", "-k", "matmul and derivative"),
+    ),
+    Mutant(
+        "bottom_right_of_the_padding",
+        "python/isotile/ops/attention.py",
+        "    offset = limit - queries if",
+        "    offset = keys - queries if",
+        "the last key is seqlens_k's, not the tensor's",
+        drawn("attention"),
+    ),
+    Mutant(
+        "seven_rounds_of_philox",
+        "python/isotile/ops/_philox.py",
+        "    for _ in range(10):",
+        "    for _ in range(7):",
+        "Philox4x32-7 exists, and is random enough",
+        drawn("attention"),
+    ),
+    Mutant(
+        "eps_of_the_dtype",
+        "python/isotile/ops/_norm.py",
+        "    return torch.finfo(wide).eps if eps is None else eps",
+        "    return torch.finfo(dtype).eps if eps is None else eps",
+        "every backend agrees, and PyTorch does not",
+        ("tests/test_reference.py", "tests/test_nn.py"),
+    ),
+    Mutant(
+        "scale_of_the_value",
+        "python/isotile/ops/attention.py",
+        "    return 1 / math.sqrt(max(a.query.shape[-1], 1)) if a.scale is None else a.scale",
+        "    return 1 / math.sqrt(max(a.value.shape[-1], 1)) if a.scale is None else a.scale",
+        "head_dim and value_dim are mostly equal",
+        ("tests/test_reference.py", *drawn("attention")),
+    ),
+]
+
+TRITON = [
+    Mutant(
+        "padding_is_zero",
+        "kernels/triton/softmax.py",
+        'strides[3], mask=mask, other=-float("inf")\n',
+        "strides[3], mask=mask, other=0.0\n",
+        "as in the C++ kernel: only rows far below zero notice",
+        interpreted("softmax"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "dot_without_accumulator",
+        "kernels/triton/matmul.py",
+        "        acc = tl.dot(a, b, acc, input_precision=PRECISION)",
+        "        acc = tl.dot(a, b, input_precision=PRECISION)",
+        "one block of k is enough for small tests",
+        interpreted("matmul"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "triton_bottom_right",
+        "kernels/triton/attention.py",
+        "    offset = keys - sq if BOTTOM_RIGHT else 0",
+        "    offset = sk - sq if BOTTOM_RIGHT else 0",
+        "the last key is seqlens_k's, not the tensor's",
+        interpreted("attention"),
+        env=tuple(INTERPRET.items()),
+    ),
+]
+
+NKI = [
+    Mutant(
+        "nki_mean_square",
+        "kernels/nki/_norm.py",
+        "dst=mean_square, data=total, op0=nl.multiply, operand0=1.0 / n)",
+        "dst=mean_square, data=total, op0=nl.multiply, operand0=1.0 / (n - 1))",
+        "the unbiased estimate",
+        ("tests/nki/test_kernels.py", "-k", "float64 and gen3x1 and rms_norm and float32 and not backward"),
+    ),
+    Mutant(
+        "nki_tail_column",
+        "kernels/nki/softmax.py",
+        "    nisa.activation(dst=y[:, cut:n], op=nl.copy, data=power[:, cut:n], scale=inverse)",
+        "    nisa.activation(dst=y[:, cut : n - 1], op=nl.copy, data=power[:, cut : n - 1], scale=inverse)",
+        "an inclusive end",
+        ("tests/nki/test_kernels.py", "-k", "float64 and gen3x1 and softmax and float32 and not backward"),
+    ),
+]
+
+MUTANTS = {m.name: m for m in (*KERNELS, *VECTORS, *PYTHON, *TRITON, *NKI)}
+
+
+class Workshop:
+    """An unchanged copy of the sources with its extension, and copies with one bug each."""
+
+    def __init__(self, folder: Path, needs_build: bool) -> None:
+        self.folder = folder
+        self.clean = folder / "clean"
+        self.build = folder / "build"
+        if self.clean.exists():
+            shutil.rmtree(self.clean)
+        _copies.copy_sources(self.clean)
+        self.built = self.build / f"_C{_copies.SUFFIX}"
+        self.installed = _copies.installed_extension()
+        if needs_build:
+            left_out = {f"ISOTILE_COMPILES_{name}": "OFF" for name in ("avx2", "avx512", "avx512_bf16", "neon")}
+            _copies.configure(self.clean, self.build, CMAKE_BUILD_TYPE="Debug", CMAKE_CXX_FLAGS_DEBUG="-O1", **left_out)
+            command = [_copies.tool("cmake"), "--build", str(self.build), "--parallel", "2"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"the unchanged copy does not build:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+
+    def extension_for(self, mutant: Mutant) -> Path:
+        """The unchanged extension that goes with a bug's tests."""
+        return self.built if mutant.objects else self.installed
+
+    @contextlib.contextmanager
+    def mutated(self, mutant: Mutant) -> Iterator[tuple[Path, Path]]:
+        """(sources, extension) with the bug."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            tree = Path(scratch) / "tree"
+            shutil.copytree(self.clean, tree, ignore=shutil.ignore_patterns(".site"))
+            path = tree / mutant.file
+            text = path.read_text()
+            if text.count(mutant.old) != 1:
+                raise Broken(f"{mutant.file} holds the old text {text.count(mutant.old)} times")
+            path.write_text(text.replace(mutant.old, mutant.new))
+            extension = self.extension_for(mutant)
+            if mutant.objects:
+                extension = Path(scratch) / f"_C{_copies.SUFFIX}"
+                self.relink(tree, Path(scratch), mutant.objects, extension)
+            yield tree, extension
+
+    def relink(self, tree: Path, scratch: Path, names: tuple[str, ...], extension: Path) -> None:
+        """The extension with the objects of some kernels compiled from `tree`."""
+        objects, compiler = [], ""
+        for entry in json.loads((self.build / "compile_commands.json").read_text()):
+            words = shlex.split(entry["command"])
+            compiler, output = words[0], words[words.index("-o") + 1]
+            source = Path(entry["file"])
+            if source.parent.name == "ops" and source.stem in names:
+                changed = str(scratch / f"{source.stem}.o")
+                moved = [w.replace(str(self.clean), str(tree)) for w in words]
+                moved = [changed if w == output else w for w in moved]
+                done = subprocess.run(moved, cwd=entry["directory"], capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise Broken(f"does not compile: {done.stderr[-2000:]}")
+                output = changed
+            objects.append(str(Path(entry["directory"]) / output))
+        done = subprocess.run(
+            [compiler, "-shared", "-o", str(extension), *objects], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise Broken(f"does not link: {done.stderr[-2000:]}")
+
+    def test(self, tree: Path, extension: Path, mutant: Mutant, stop_at_first: bool) -> tuple[int, str]:
+        """pytest's exit code and output for a mutant's tests in a tree."""
+        site = tree / ".site"
+        _copies.lay_out(site, tree, extension)
+        env = _copies.environment(site, **dict(mutant.env))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-v"]
+        command += ["-x"] if stop_at_first else []
+        done = subprocess.run(
+            [*command, *mutant.tests], cwd=tree, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+
+class Broken(Exception):
+    """A bug that could not be planted: its text is gone, or it does not compile."""
+
+
+def catcher(output: str) -> str:
+    """The first failed test in pytest's output."""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?::\S+)", output, re.MULTILINE)
+    return found.group(1).split("/", 1)[-1] if found else "?"
+
+
+def verdict(workshop: Workshop, mutant: Mutant) -> tuple[bool, str]:
+    """Whether the bug was caught, and by which test."""
+    try:
+        with workshop.mutated(mutant) as (tree, extension):
+            code, output = workshop.test(tree, extension, mutant, stop_at_first=True)
+    except Broken as error:
+        return False, f"NOT PLANTED: {error}"
+    except subprocess.TimeoutExpired:
+        return False, f"no verdict within {TIMEOUT_S} s"
+    if code == 1:
+        return True, catcher(output)
+    if code < 0:
+        running = re.findall(r"^(\S+::\S+)", output, re.MULTILINE)
+        return True, f"crash (signal {-code}) in {running[-1] if running else '?'}"
+    if code == 0:
+        return False, "SURVIVED"
+    return False, f"NO VERDICT: pytest's exit code {code}: {output[-600:]}"
+
+
+def check_unchanged(workshop: Workshop, chosen: list[Mutant]) -> bool:
+    """All tests of the chosen bugs on the unchanged copy; False and the output if one fails."""
+    done = set()
+    for mutant in chosen:
+        key = (mutant.tests, mutant.env, bool(mutant.objects))
+        if key in done:
+            continue
+        done.add(key)
+        code, output = workshop.test(workshop.clean, workshop.extension_for(mutant), mutant, stop_at_first=False)
+        _copies.check_import(
+            workshop.clean / ".site", _copies.environment(workshop.clean / ".site", **dict(mutant.env))
+        )
+        if code != 0:
+            print(f"the tests of {mutant.name} fail on the unchanged copy (exit code {code}):\n{output[-3000:]}")
+            return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="the bugs to plant; all if none is named")
+    parser.add_argument("--list", action="store_true", help="list the bugs and stop")
+    parser.add_argument("--keep", type=Path, help="keep the copy and its build in this folder, for the next run")
+    given = parser.parse_args()
+    unknown = [n for n in given.names if n not in MUTANTS]
+    if unknown:
+        parser.error(f"no bug named {', '.join(unknown)}; --list shows them")
+    chosen = [MUTANTS[n] for n in given.names or MUTANTS]
+    if given.list:
+        for m in chosen:
+            print(f"{m.name:<32} {m.file:<40} {m.why}")
+        return 0
+    with contextlib.ExitStack() as stack:
+        if given.keep is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isotile-mutants-")))
+        else:
+            folder = given.keep.resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        workshop = Workshop(folder, needs_build=any(m.objects for m in chosen))
+        built = time.monotonic()
+        print(f"unchanged copy: made in {built - began:.0f} s", flush=True)
+        if not check_unchanged(workshop, chosen):
+            return 1
+        print(f"unchanged copy: its tests pass, {time.monotonic() - built:.0f} s", flush=True)
+        survivors = []
+        print(f"{'bug':<32} {'file':<40} {'s':>5}  caught by", flush=True)
+        for mutant in chosen:
+            start = time.monotonic()
+            caught, by = verdict(workshop, mutant)
+            if not caught:
+                survivors.append(mutant.name)
+            print(f"{mutant.name:<32} {mutant.file:<40} {time.monotonic() - start:>5.0f}  {by}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} bugs caught" + (f"; not: {survivors}" if survivors else ""))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
