@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -432,6 +435,73 @@ def test_relative_error_sees_nan_and_shapes():
     assert relative_error(one, one) == 0
     assert relative_error(one, torch.ones(4)) == float("inf")
     assert not relative_error(torch.tensor([1.0, float("nan"), 1.0]), one) <= 1
+
+
+def written_run(tmp_path):
+    """A run with a rival, a wrong row and a reason that would end a script element."""
+    writer = records.Writer(tmp_path, {**machine_module.provenance(["softmax"]), "effort": {}, "warm": False})
+    base = {
+        "kind": "row", "op": "softmax", "dtype": "float32", "direction": "forward", "shapes": {"x": [4, 8]},
+        "flops": 256, "bytes": 256, "against": "truth", "cold": False, "threads": 1,
+    }  # fmt: skip
+    for i in range(12):
+        figures = {
+            "status": "ok", "median_s": 1e-5 * (1 + i), "q1_s": 0.9e-5, "q3_s": 1.2e-5 * (1 + i), "gb_per_s": 0.02,
+            "tflops": 2e-5 / (1 + i), "roofline_share": 0.1, "quiet": True,
+        }  # fmt: skip
+        ratio = {"torch": {"median": 0.5 + i / 4, "q1": 0.4 + i / 4, "q3": 0.6 + i / 4, "quiet": True}}
+        writer.write({**base, **figures, "case": f"case{i}", "contender": "cpu", "ours": True, "speed_vs": ratio})
+        writer.write({**base, **figures, "case": f"case{i}", "contender": "torch", "ours": False})
+    bad = {"status": "wrong", "reason": "</script><b>planted</b>", "case": "bad", "contender": "cpu", "ours": True}
+    writer.write({**base, **bad})
+    peaks = {"bandwidth": 1e10, "float32": 1e11, "date": "2026-01-01T00:00:00+00:00"}
+    writer.write({"kind": "end", "complete": True, "peaks": peaks})
+    writer.close()
+    return writer.jsonl
+
+
+def test_report_is_one_file_with_all_rows(tmp_path, monkeypatch, capsys):
+    plotly = types.ModuleType("plotly.offline")
+    plotly.get_plotlyjs = lambda: "/* plotting library */"
+    monkeypatch.setitem(sys.modules, "plotly", types.ModuleType("plotly"))
+    monkeypatch.setitem(sys.modules, "plotly.offline", plotly)
+    path = written_run(tmp_path)
+    assert main(["report", str(path)]) == 0
+    text = path.with_suffix(".html").read_text()
+    assert "/* plotting library */" in text and "/*PLOTLY*/" not in text
+    assert text.count("</script>") == 2  # the reason of a row does not end one
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", text)
+    spelled = re.search(r"const DATA = (.*);\n", text)
+    assert spelled is not None
+    data = json.loads(spelled[1])
+    assert len(data["rows"]) == 25 and data["peaks"]["float32"] == 1e11
+    assert main(["report", str(tmp_path / "absent.jsonl")]) == 2
+
+
+def test_report_says_what_it_misses(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert main(["report", str(written_run(tmp_path))]) == 2
+    assert "pip install plotly" in capsys.readouterr().err
+
+
+def test_report_draws_in_a_browser(tmp_path):
+    pytest.importorskip("plotly", reason="the plotting library is not installed")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium")
+    path = written_run(tmp_path)
+    assert main(["report", str(path)]) == 0
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += ["--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom"]
+    found = subprocess.run(
+        [browser, *words, path.with_suffix(".html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in found.stderr, found.stderr
+    body = found.stdout[found.stdout.index('<tbody id="rows">') :]
+    assert body[: body.index("</tbody>")].count("<tr") == 25
+    drawn = found.stdout[: found.stdout.index('<tbody id="rows">')]
+    assert drawn.count('class="point"') >= 12  # a bar for each ratio
+    assert "<b>planted</b>" not in body[: body.index("</tbody>")]
 
 
 def test_records_are_strict_json(tmp_path):

@@ -14,8 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"isotile bench: {error}; pip install 'isotile[bench]'", file=sys.stderr)
         return 2
-    from . import command, compare
+    from . import command, compare, report
 
     if words[:1] == ["compare"]:
         return compare.run(words[1:])
+    if words[:1] == ["report"]:
+        return report.run(words[1:])
     return command.run(words)

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="isotile bench",
         description="Measures every operator on its spec's cases beside PyTorch. Nothing wrong is timed.",
-        epilog="isotile bench compare A.jsonl B.jsonl puts two runs side by side.",
+        epilog="isotile bench compare A.jsonl B.jsonl puts two runs side by side; bench report RUN.jsonl plots one.",
     )
     made.add_argument("ops", nargs="*", metavar="OP", help="operators; default: all")
     made.add_argument("--cases", metavar="NAMES", help="names or glob patterns; default: the cases tagged bench")
