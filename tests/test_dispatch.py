@@ -118,7 +118,9 @@ def test_unknown_backend():
 
 
 def test_environment_chooses_the_backend():
-    found = run("import isotile, torch; print(isotile.explain('softmax', torch.ones(3)).backend)", ISOTILE_BACKEND="reference")
+    found = run(
+        "import isotile, torch; print(isotile.explain('softmax', torch.ones(3)).backend)", ISOTILE_BACKEND="reference"
+    )
     assert found.stdout.strip() == "reference", found.stderr
 
 
@@ -139,7 +141,9 @@ def test_environment_forces_the_instruction_set():
 
 
 def test_import_loads_no_kernel_language():
-    found = run("import isotile, sys, json; print(json.dumps([m for m in ('triton', 'nki', 'neuronxcc') if m in sys.modules]))")
+    found = run(
+        "import isotile, sys, json; print(json.dumps([m for m in ('triton', 'nki', 'neuronxcc') if m in sys.modules]))"
+    )
     assert json.loads(found.stdout) == [], found.stderr
 
 

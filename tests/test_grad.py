@@ -57,7 +57,9 @@ def test_the_formula_is_the_derivative_of_the_reference(op):
             f = torch.zeros_like(leaves[name]) if f is None else f
             t = torch.zeros_like(leaves[name]) if t is None else t
             t = t.nan_to_num(0.0) if "lse" in names else t  # autograd of where(-inf) rows; ours are exactly 0
-            torch.testing.assert_close(f, t, rtol=1e-9, atol=1e-9 * max(1.0, float(t.abs().max()) if t.numel() else 1.0))
+            torch.testing.assert_close(
+                f, t, rtol=1e-9, atol=1e-9 * max(1.0, float(t.abs().max()) if t.numel() else 1.0)
+            )
 
     agrees()
 

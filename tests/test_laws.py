@@ -81,7 +81,9 @@ def test_an_attention_batch_entry_has_the_bits_of_that_entry_alone(dtype, querie
     with isotile.use_backend("cpu"), isotile.determinism(batch_invariant=True):
         whole = isotile.attention(q, k, v)
         for i in range(3):
-            assert torch.equal(bits(whole[i : i + 1]), bits(isotile.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1])))
+            assert torch.equal(
+                bits(whole[i : i + 1]), bits(isotile.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1]))
+            )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
@@ -101,7 +103,12 @@ def test_what_is_hidden_does_not_matter(dtype):
         before = run(call)
         visible, _ = visibility(SimpleNamespace(**call.values))
         query, key = call.values["query"], call.values["key"]
-        if key.numel() == 0 or query.numel() == 0 or len(key.shape) != len(query.shape) or key.shape[:-3] != query.shape[:-3]:
+        if (
+            key.numel() == 0
+            or query.numel() == 0
+            or len(key.shape) != len(query.shape)
+            or key.shape[:-3] != query.shape[:-3]
+        ):
             return
         full = visible.expand(*query.shape[:-1], key.shape[-2])
         groups = query.shape[-3] // key.shape[-3]

@@ -76,7 +76,9 @@ def test_opcheck_aot_dispatch(name):
         function(*tensors)
     assert recorded
     for op, args in recorded:
-        args = tuple(a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args)
+        args = tuple(
+            a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args
+        )
         torch.library.opcheck(op, args, test_utils=("test_aot_dispatch_static", "test_aot_dispatch_dynamic"))
 
 
@@ -90,6 +92,7 @@ def test_compile_without_graph_breaks(name, dynamic):
     got = as_tuple(compiled(*tensors))
     for w, g in zip(want, got, strict=True):
         torch.testing.assert_close(g, w)
+
     def weighted(results):
         return sum((r * torch.linspace(0, 1, r.numel()).view(r.shape)).sum() for r in results)
 
@@ -189,7 +192,9 @@ def test_torch_func_grad_and_per_sample_gradients(name):
     function, tensors = calls(torch.float64)[name]
 
     def loss(*args):
-        return sum((r * torch.linspace(-1, 1, r.numel(), dtype=r.dtype).view(r.shape)).sum() for r in as_tuple(function(*args)))
+        return sum(
+            (r * torch.linspace(-1, 1, r.numel(), dtype=r.dtype).view(r.shape)).sum() for r in as_tuple(function(*args))
+        )
 
     argnums = tuple(range(len(tensors)))
     got = torch.func.grad(loss, argnums)(*tensors)

@@ -37,7 +37,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def info(args: argparse.Namespace) -> int:
@@ -83,7 +85,9 @@ def rewrite_readme(path: Path) -> int:
     """Replace what stands between the table's marks."""
     text = path.read_text()
     if README_MARKS.search(text) is None:
-        print(f"isotile info: {path} has no marks <!-- operators: begin --> and <!-- operators: end -->", file=sys.stderr)
+        print(
+            f"isotile info: {path} has no marks <!-- operators: begin --> and <!-- operators: end -->", file=sys.stderr
+        )
         return 1
     path.write_text(README_MARKS.sub(lambda m: f"{m[1]}{operator_table()}\n{m[2]}", text))
     return 0
@@ -102,6 +106,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="isotile", description=isotile.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, and every backend: available, or why not")
@@ -112,10 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("demo", demo, "a real encoder and a small training run, isotile against PyTorch"),
         ("bench", bench, "microbenchmarks of every operator against PyTorch"),
     ):
+        if words[:1] == [name]:  # a parser of its own: argparse.REMAINDER refuses an option in front
+            return run(argparse.Namespace(rest=words[1:]))
         command = commands.add_parser(name, help=text, add_help=False)
         command.add_argument("rest", nargs=argparse.REMAINDER)
         command.set_defaults(run=run)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     return args.run(args)
 
 

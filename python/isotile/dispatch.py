@@ -15,7 +15,7 @@ import torch
 
 from . import shapes
 from .errors import BackendError, FallbackWarning
-from .spec import Lowered, OpSpec, Result, Scalar, Tensor
+from .spec import Lowered, OpSpec, Result, Scalar
 from .state import CURRENT, State
 
 #: Plans kept for one operator before the table is emptied; a plan is a few kilobytes.
@@ -42,7 +42,7 @@ class Plan:
     spec in order (None where absent), and fills the results.
     """
 
-    __slots__ = ("backend", "outs", "passed_over", "run", "empty")
+    __slots__ = ("backend", "empty", "outs", "passed_over", "run")
 
     def __init__(
         self,
@@ -140,21 +140,15 @@ def check_scalar(spec: OpSpec, name: str, scalar: Scalar, value: Any) -> None:
         if isinstance(value, torch.dtype):
             wanted = ", ".join(map(_short, scalar.choices))
             raise TypeError(f"{_where(spec, name)}: wanted dtype {wanted}, got {_short(value)}")
-        raise ValueError(
-            f"{_where(spec, name)}: wanted one of {', '.join(map(repr, scalar.choices))}, got {value!r}"
-        )
+        raise ValueError(f"{_where(spec, name)}: wanted one of {', '.join(map(repr, scalar.choices))}, got {value!r}")
     reason = scalar.check(value) if scalar.check is not None else None
     if reason is not None:
         raise ValueError(f"{_where(spec, name)}: {reason}, got {value!r}")
 
 
-def bind_call(
-    spec: OpSpec, values: dict[str, Any], same: Callable[[Any, Any], bool] | None = None
-) -> shapes.Dims:
+def bind_call(spec: OpSpec, values: dict[str, Any], same: Callable[[Any, Any], bool] | None = None) -> shapes.Dims:
     """Bind the shapes of a call, check what the spec requires, and return the dimensions."""
-    present = {
-        n: tuple(values[n].shape) for n, a in spec.tensors.items() if values[n] is not None and not a.broadcast
-    }
+    present = {n: tuple(values[n].shape) for n, a in spec.tensors.items() if values[n] is not None and not a.broadcast}
     stars = {s.star: tuple(values[n]) for n, s in spec.scalars.items() if s.star is not None}
     for group in stars.values():
         if not group:
@@ -183,8 +177,7 @@ def _check_broadcast(
 ) -> None:
     same = same or (lambda a, b: bool(a == b))
     fits = len(shape) <= len(target) and all(
-        (isinstance(s, int) and s == 1) or same(s, t)
-        for s, t in zip(reversed(shape), reversed(target), strict=False)
+        (isinstance(s, int) and s == 1) or same(s, t) for s, t in zip(reversed(shape), reversed(target), strict=False)
     )
     if not fits:
         raise shapes.ShapeError(name, f"wanted a shape that broadcasts to {list(target)}, got {list(shape)}")
@@ -203,9 +196,7 @@ def result_dtype(spec: OpSpec, result: Result, values: dict[str, Any]) -> torch.
     raise AssertionError(f"{spec.name}: no dtype for a result from {result.dtype}")
 
 
-def out_specs(
-    spec: OpSpec, overload: str, values: dict[str, Any], dims: shapes.Dims
-) -> tuple[OutSpec | None, ...]:
+def out_specs(spec: OpSpec, overload: str, values: dict[str, Any], dims: shapes.Dims) -> tuple[OutSpec | None, ...]:
     """Shape, dtype and device of every result; None for those of other overloads or not needed."""
     device = values[next(iter(spec.tensors))].device
     wanted = spec.results_of(overload)
@@ -272,9 +263,7 @@ def lower(
     out_views: dict[str, shapes.View | None] = {}
     for name, result in spec.results.items():
         out = outs[name]
-        out_views[name] = (
-            None if out is None else _canonical(shapes.View(name, *out), result.pattern, dims)
-        )
+        out_views[name] = None if out is None else _canonical(shapes.View(name, *out), result.pattern, dims)
     scalars = SimpleNamespace(**{n: values[n] for n in spec.scalars}, dims=dims)
     rank: int | None = None
     if spec.lower is None:
@@ -286,7 +275,11 @@ def lower(
     loops = {**{n: a.pattern for n, a in spec.tensors.items()}, **{n: r.pattern for n, r in spec.results.items()}}
     everything = [*tensors.values(), *results.values()]
     rank = len(dims.loop) if rank is None else rank
-    ranks = [rank if v is not None and loops[v.source].loop else 0 for v in everything]
+    # A view has loop dimensions by its pattern, or because the lowering expanded it (linear's weight).
+    ranks = [
+        rank if v is not None and (loops[v.source].loop or v.ndim > len(loops[v.source].core)) else 0
+        for v in everything
+    ]
     merged = shapes.coalesce_loops(everything, ranks)
     return Lowered(
         kernel,
@@ -432,8 +425,10 @@ def _with_copies(spec: OpSpec, copied: frozenset[str], run: Callable[..., None])
         dense = list(tensors)
         for i in (*inputs, *results):
             if dense[i] is not None:
-                dense[i] = dense[i].contiguous() if i in inputs else torch.empty_like(
-                    dense[i], memory_format=torch.contiguous_format
+                dense[i] = (
+                    dense[i].contiguous()
+                    if i in inputs
+                    else torch.empty_like(dense[i], memory_format=torch.contiguous_format)
                 )
         run(*dense)
         for i in results:
@@ -500,8 +495,11 @@ class Explanation:
     reasons: dict[str, str | None]  # None: it can serve the call
 
     def __str__(self) -> str:
-        lines = [f"isotile.{self.operator} runs on {self.backend!r}" if self.backend else
-                 f"isotile.{self.operator}: no backend can serve this call"]
+        lines = [
+            f"isotile.{self.operator} runs on {self.backend!r}"
+            if self.backend
+            else f"isotile.{self.operator}: no backend can serve this call"
+        ]
         for name, reason in self.reasons.items():
             lines.append(f"  {name:<10} {'serves it' if reason is None else reason}")
         return "\n".join(lines)

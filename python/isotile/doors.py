@@ -26,9 +26,7 @@ def _refuse_out(name: str) -> None:
     )
 
 
-def _slow(
-    op: Operator, overload: str, values: tuple[Any, ...], out: Any, pick: tuple[str, ...] | None = None
-) -> Any:
+def _slow(op: Operator, overload: str, values: tuple[Any, ...], out: Any, pick: tuple[str, ...] | None = None) -> Any:
     """Every call that is not plain: with `out=`, under a mode, or wrong. `pick` names the results to return."""
     names = tuple(op.spec.results_of(overload))
     pick = pick or names
@@ -100,7 +98,9 @@ def _generated(name: str) -> Callable[..., Any]:
         else f"type({n}) in _PLAIN and not {n}.is_neg()"
         for n in tensors
     )
-    grads = " or ".join(f"({n} is not None and {n}.requires_grad)" if n in optional else f"{n}.requires_grad" for n in tensors)
+    grads = " or ".join(
+        f"({n} is not None and {n}.requires_grad)" if n in optional else f"{n}.requires_grad" for n in tensors
+    )
     key = []
     for n in op.parameters:
         if n in spec.tensors:
@@ -114,7 +114,7 @@ def _generated(name: str) -> Callable[..., Any]:
 
     def body(results: tuple[str, ...]) -> list[str]:
         lines = []
-        passed = {r: "None" for r in spec.results}
+        passed = dict.fromkeys(spec.results, "None")
         for i, r in enumerate(spec.results):
             if r in results:
                 lines.append(f"_s = _e[{i}]")
@@ -192,5 +192,8 @@ def explain(name: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
         values, _ = op.spec.door(*args, **kwargs)
     else:
         values = op.bind(args, kwargs)
-        values = tuple((v,) if n == "normalized_shape" and isinstance(v, int) else v for n, v in zip(op.parameters, values, strict=True))
+        values = tuple(
+            (v,) if n == "normalized_shape" and isinstance(v, int) else v
+            for n, v in zip(op.parameters, values, strict=True)
+        )
     return dispatch.explain_call(op.spec, op.overload_of(values), dict(zip(op.parameters, values, strict=True)))

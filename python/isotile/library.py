@@ -28,7 +28,12 @@ NAMESPACE = "isotile"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 #: Dispatch keys that run kernels: NVIDIA and AMD GPUs share CUDA; Neuron is PrivateUse1 (TorchNeuron) or XLA (torch-xla).
 KERNEL_KEYS = ("CPU", "CUDA", "XLA", "PrivateUse1")
-AUTOCAST_KEYS = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda", "AutocastXLA": "xla", "AutocastPrivateUse1": "privateuseone"}
+AUTOCAST_KEYS = {
+    "AutocastCPU": "cpu",
+    "AutocastCUDA": "cuda",
+    "AutocastXLA": "xla",
+    "AutocastPrivateUse1": "privateuseone",
+}
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -87,7 +92,9 @@ class Operator:
         if found is None:
             if len(self.plans) >= dispatch.MAX_PLANS:
                 self.plans.clear()
-            found = dispatch.make_plan(self.spec, overload, dict(zip(self.parameters, values, strict=True)), outs, state)
+            found = dispatch.make_plan(
+                self.spec, overload, dict(zip(self.parameters, values, strict=True)), outs, state
+            )
             self.plans[key] = found
         return found
 
@@ -99,7 +106,12 @@ class Operator:
             self._check_outs(overload, values, outs)
         plan = self.plan(overload, values, outs)
         given = iter(outs or ())
-        filled = [None if s is None else (next(given, None) if outs else torch.empty_strided(s[0], s[1], dtype=s[2], device=s[3])) for s in plan.empty]
+        filled = [
+            None
+            if s is None
+            else (next(given, None) if outs else torch.empty_strided(s[0], s[1], dtype=s[2], device=s[3]))
+            for s in plan.empty
+        ]
         if outs is not None:
             filled = [
                 torch.empty_strided(s[0], s[1], dtype=s[2], device=s[3]) if s is not None and f is None else f
@@ -415,7 +427,11 @@ class Operator:
                     moved[self.parameters.index(name)] = value
             found = self.route(overload, tuple(moved))
             whole = tuple(
-                f if f.ndim and f.shape[0] == batch else f.expand(batch, *f.shape) if f.numel() else f.new_empty(batch, 0)
+                f
+                if f.ndim and f.shape[0] == batch
+                else f.expand(batch, *f.shape)
+                if f.numel()
+                else f.new_empty(batch, 0)
                 for f in found
             )
             return whole, (0,) * len(whole)
@@ -424,9 +440,7 @@ class Operator:
             rows.append(
                 self.route(
                     overload,
-                    tuple(
-                        v.select(in_dims[i], b) if i in batched else v for i, v in enumerate(values)
-                    ),
+                    tuple(v.select(in_dims[i], b) if i in batched else v for i, v in enumerate(values)),
                 )
             )
         return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(results)
@@ -481,7 +495,9 @@ def _eager_function(operator: Operator, overload: str) -> type:
             if all(g is None for g in grads):
                 return (None,) * len(parameters)
             saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
-            needs = {n: bool(need) for n, need in zip(parameters, ctx.needs_input_grad, strict=True) if n in spec.tensors}
+            needs = {
+                n: bool(need) for n, need in zip(parameters, ctx.needs_input_grad, strict=True) if n in spec.tensors
+            }
             found = operator.gradients(overload, saved, ctx.meta, grads, needs, ctx.state)
             return tuple(found.get(n) for n in parameters)
 
@@ -515,7 +531,9 @@ def _composable_function(operator: Operator, overload: str) -> type:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
-            needs = {n: bool(need) for n, need in zip(parameters, ctx.needs_input_grad, strict=True) if n in spec.tensors}
+            needs = {
+                n: bool(need) for n, need in zip(parameters, ctx.needs_input_grad, strict=True) if n in spec.tensors
+            }
             found = operator.gradients(overload, saved, ctx.meta, grads, needs, ctx.state)
             return tuple(found.get(n) for n in parameters)
 

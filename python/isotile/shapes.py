@@ -131,7 +131,7 @@ def bind(
     sizes: dict[str, Size] = {}
     owner: dict[str, str] = {}
     groups = dict(stars)
-    star_owner = {name: "normalized_shape" for name in stars}
+    star_owner = dict.fromkeys(stars, "normalized_shape")
     absent: set[str] = set()
     loops: dict[str, tuple[Size, ...]] = {}
     for argument, shape in shapes.items():
@@ -149,7 +149,8 @@ def bind(
         if len(shape) < width or (not pattern.loop and len(shape) != width):
             at_least, plural = "at least " if pattern.loop else "", "" if width == 1 else "s"
             raise ShapeError(
-                argument, f"wanted shape [{_spell(pattern, groups)}] ({at_least}{width} dimension{plural}), got {_show(shape)}"
+                argument,
+                f"wanted shape [{_spell(pattern, groups)}] ({at_least}{width} dimension{plural}), got {_show(shape)}",
             )
         if pattern.loop:
             loops[argument] = tuple(shape[: len(shape) - width])

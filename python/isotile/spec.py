@@ -188,9 +188,7 @@ class OpSpec:
     cases: tuple[Case, ...]
     lower: Callable[[dict[str, Any], dict[str, Any], SimpleNamespace], tuple[Any, ...]] | None = None
     requires: tuple[
-        tuple[
-            str, str | Callable[[shapes.Dims, SimpleNamespace], str], Callable[[shapes.Dims, SimpleNamespace], bool]
-        ],
+        tuple[str, str | Callable[[shapes.Dims, SimpleNamespace], str], Callable[[shapes.Dims, SimpleNamespace], bool]],
         ...,
     ] = ()
     laws: tuple[str, ...] = ()

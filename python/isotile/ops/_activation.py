@@ -18,7 +18,7 @@ def apply(z: torch.Tensor, activation: str | None) -> torch.Tensor:
         case "relu":
             return z.relu()
         case "gelu":
-            return F.gelu(z)
+            return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))  # F.gelu(inf) is NaN in float32 and inf in float64
         case "gelu_tanh":
             return F.gelu(z, approximate="tanh")
         case "silu":

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from ..precision import accumulator, stored
-from ..spec import FLOATS, MASKS, Case, ErrorModel, OpSpec, Result, Scalar, Tensor, Values, growth
+from ..spec import MASKS, Case, ErrorModel, OpSpec, Result, Scalar, Tensor, Values, growth
 from . import _philox
 
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -219,7 +219,8 @@ def attention(
     if kept is not None:
         p = p * kept
     out = weighted(p, visible_values(a, visible, wide), visible)
-    return {"out": stored(out, query.dtype), "lse": lse.squeeze(-1)}
+    # Loop dimensions that only value has broadcast lse too.
+    return {"out": stored(out, query.dtype), "lse": lse.squeeze(-1).expand(out.shape[:-1])}
 
 
 def _gradient(saved, grads, needs):
@@ -341,11 +342,14 @@ ARGS = {
     "window_right": Scalar("int?", samples=(None, 0, 3, 17), check=_at_least_zero),
     "softcap": Scalar("float?", samples=(None, 2.0, 30.0), check=_positive),
     "sinks": Tensor("hq", optional=True, autocast=False),
-    "alibi_slopes": Tensor(
-        "hq", optional=True, differentiable=False, autocast=False, values=Values(low=0.0, high=0.5)
-    ),
+    "alibi_slopes": Tensor("hq", optional=True, differentiable=False, autocast=False, values=Values(low=0.0, high=0.5)),
     "seqlens_k": Tensor(
-        "...", dtypes=(torch.int32,), optional=True, differentiable=False, autocast=False, values=Values(make=draw_lengths)
+        "...",
+        dtypes=(torch.int32,),
+        optional=True,
+        differentiable=False,
+        autocast=False,
+        values=Values(make=draw_lengths),
     ),
     "dropout_seed": Tensor(
         "one", dtypes=(torch.int64,), optional=True, differentiable=False, autocast=False, values=Values(make=draw_seed)
@@ -395,7 +399,20 @@ SPEC = OpSpec(
     error=ErrorModel(_error),
     flops=flops,
     laws=("deterministic", "hidden_keys_do_not_matter"),
-    saves={"default": ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes", "seqlens_k", "dropout_seed", "out", "lse")},
+    saves={
+        "default": (
+            "query",
+            "key",
+            "value",
+            "attn_mask",
+            "sinks",
+            "alibi_slopes",
+            "seqlens_k",
+            "dropout_seed",
+            "out",
+            "lse",
+        )
+    },
     backward=_gradient,
     autocast="lower",
     door=door,

@@ -47,6 +47,8 @@ def attention_backward(
     if kept is not None:
         dp = torch.where(kept > 0, dp * kept, 0.0)  # a dropped pair has no gradient, whatever its value
     delta = (upstream * out.to(wide)).sum(-1, keepdim=True)
+    # The 0 of a row with no visible key is a constant: what comes back through it, infinite or not, goes nowhere.
+    delta = torch.where(visible.any(-1, keepdim=True), delta, 0.0)
     if grad_lse is not None:
         delta = delta - grad_lse.to(wide)[..., None]
     ds = torch.where(visible, p * (dp - delta), 0.0)
@@ -69,7 +71,8 @@ def attention_backward(
         result["grad_attn_mask"] = stored(ds, attn_mask.dtype)
     if need_sinks:
         column = sinks.to(wide)[:, None, None]
-        weight = torch.where(row_lse == -math.inf, 0.0, torch.exp(column - row_lse))
+        none = (row_lse == -math.inf) | (column == -math.inf)  # a sink of -inf is no sink
+        weight = torch.where(none, 0.0, torch.exp(column - row_lse))
         total = -(weight * delta).squeeze(-1)
         result["grad_sinks"] = stored(total.sum(-1).reshape(-1, heads).sum(0), sinks.dtype)
     return result
@@ -125,7 +128,13 @@ def _error(args, truth, dims):
     if "grad_sinks" in truth:
         weight = torch.where(lse == -math.inf, 0.0, torch.exp(args.sinks.double()[:, None, None] - lse))
         rows = math.prod(args.query.shape[:-3]) * queries
-        slack = growth(rows) + growth(dv) + lse.nan_to_num(0.0, 0.0, 0.0).abs() + args.sinks.double().abs()[:, None, None] + 8
+        slack = (
+            growth(rows)
+            + growth(dv)
+            + lse.nan_to_num(0.0, 0.0, 0.0).abs()
+            + args.sinks.double().abs()[:, None, None]
+            + 8
+        )
         total = (weight * delta * slack).squeeze(-1).sum(-1).reshape(-1, heads).sum(0)
         terms["grad_sinks"] = (total, 0.0)
     return terms

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-import torch
-
 from ..precision import stored
 from ..spec import Case, ErrorModel, OpSpec, Result, Scalar, Tensor, Values
 from . import _norm

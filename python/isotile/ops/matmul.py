@@ -85,8 +85,10 @@ def _gradient(saved, grads, needs):
             grad_b = call("matmul", rows.flatten(0, -2).mT, grad_z.flatten(0, -2))[0]
         else:
             grad_b = call("matmul", rows.mT, grad_z)[0]
-        found["b"] = grad_b.flatten(0, -3).sum(0).squeeze(-1) if b.ndim == 1 and grad_b.ndim > 2 else (
-            grad_b.squeeze(-1) if b.ndim == 1 else grad_b
+        found["b"] = (
+            grad_b.flatten(0, -3).sum(0).squeeze(-1)
+            if b.ndim == 1 and grad_b.ndim > 2
+            else (grad_b.squeeze(-1) if b.ndim == 1 else grad_b)
         )
     return found
 
@@ -100,7 +102,9 @@ def lower_product(tensors, outs, activation, lead):
             name: view if view is None or name == "bias" else flatten_group(view, 0, lead + 1)
             for name, view in {**tensors, **outs, "b": None}.items()
         }
-        if all(tall[name] is not None for name, view in {**tensors, **outs}.items() if view is not None and name != "b"):
+        if all(
+            tall[name] is not None for name, view in {**tensors, **outs}.items() if view is not None and name != "b"
+        ):
             tall["b"] = b.with_dims(b.shape[lead:], b.strides[lead:])
             return "matmul", {n: tall[n] for n in tensors}, {n: tall[n] for n in outs}, code, 0
     return "matmul", tensors, outs, code, lead

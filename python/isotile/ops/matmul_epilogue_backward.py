@@ -31,7 +31,13 @@ def _lower(tensors, outs, scalars):
 
     code = {"activation": _activation.ACTIVATIONS.index(scalars.activation)}
     rank = max(len(scalars.dims.loop) - 1, 0)
-    return "matmul_epilogue_backward", {k: rows(v) for k, v in tensors.items()}, {k: rows(v) for k, v in outs.items()}, code, rank
+    return (
+        "matmul_epilogue_backward",
+        {k: rows(v) for k, v in tensors.items()},
+        {k: rows(v) for k, v in outs.items()},
+        code,
+        rank,
+    )
 
 
 def _error(args, truth, dims):

@@ -93,7 +93,9 @@ def compare(name: str, result: torch.Tensor, bound: Bound) -> float:
         return 0.0
     limit = torch.finfo(bound.dtype).max
     overflows = want.abs() + allowed > limit
-    same = (got == want) | (got.isnan() & want.isnan()) | (overflows & (got.abs() >= limit) & (got.sign() == want.sign()))
+    same = (
+        (got == want) | (got.isnan() & want.isnan()) | (overflows & (got.abs() >= limit) & (got.sign() == want.sign()))
+    )
     unpromised = allowed.isinf() & want.isfinite()
     error = torch.where(same | unpromised, 0.0, (got - want).abs() / allowed)
     error = error.nan_to_num(math.inf, math.inf)

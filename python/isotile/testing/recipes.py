@@ -41,9 +41,7 @@ def recipes(spec: OpSpec, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) ->
             for name, scalar in spec.scalars.items()
             if scalar.star is None and name != "dim"
         }
-        present = [
-            name for name, arg in spec.tensors.items() if not arg.optional or draw(st.booleans())
-        ]
+        present = [name for name, arg in spec.tensors.items() if not arg.optional or draw(st.booleans())]
         if scalars.get("need_mask") and "attn_mask" not in present:
             scalars["need_mask"] = False
         if scalars.get("need_sinks") and "sinks" not in present:
@@ -178,7 +176,11 @@ def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
             value = recipe["scalars"].get(name, spec.signature.parameters[name].default)
             values[name] = _DTYPES[value] if scalar.type == "ScalarType?" and isinstance(value, str) else value
     full = shapes.Dims(
-        {**recipe["sizes"], **{n: math.prod(g) for n, g in recipe["groups"].items()}, **dict.fromkeys(recipe["absent"], 1)},
+        {
+            **recipe["sizes"],
+            **{n: math.prod(g) for n, g in recipe["groups"].items()},
+            **dict.fromkeys(recipe["absent"], 1),
+        },
         {n: tuple(g) for n, g in recipe["groups"].items()},
         set(recipe["absent"]),
         (),
@@ -286,7 +288,9 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, math.nan, dtype=dtype)
 
 
-def lay_out_result(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def lay_out_result(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A poisoned result of the given layout inside a guarded buffer: (result, buffer)."""
     guard = 64
     if layout == "sliced" and shape:
