@@ -40,9 +40,9 @@ class Agreement:
     reason: str | None = None
 
 
-#: A rival beyond this computes something else (a wrong expression here, or uninitialised results); its accuracy is not
-#: what isotile judges.
-SAME_FUNCTION = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+#: A rival beyond this share of the norm computes something else (a wrong expression here, uninitialised results). Its
+#: accuracy is not what isotile judges: PyTorch's bfloat16 gradient of a layer_norm over 4096 rows is 0.08 off on CPUs.
+SAME_FUNCTION = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 class Judge:

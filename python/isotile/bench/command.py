@@ -112,6 +112,7 @@ def _measure(
     writer = Writer(args.out, header) if args.out is not None else None
     rows: list[Row] = []
     complete = False
+    peaks: machine.Peaks | None = None
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -138,7 +139,7 @@ def _measure(
     finally:
         if writer is not None:
             end = {"kind": "end", "date": machine.now(), "complete": complete, "rows": len(rows)}
-            writer.write(end | {"peaks": peaks.values if "peaks" in locals() else None})
+            writer.write(end | {"peaks": None if peaks is None else peaks.values})
             writer.close()
     failures = _report(rows, args, console)
     if writer is not None:

@@ -52,6 +52,8 @@ COLUMNS = (
     Column("host", 8, 2, lambda r: seconds(r["host_s"])),
     Column("error", 6, 6, lambda r: number(r["bound_share"]) if r["ours"] else ""),
 )
+#: a rival's distance from the truth, as a share of its norm, that a reader of its speed should know
+WORTH_SAYING = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.03, "float16": 0.03}
 CASE, DTYPE, CONTENDER, SPEED = 24, 9, 10, 14
 
 
@@ -83,6 +85,8 @@ class Table:
             if column.title == "time":
                 figures += " " if row["quiet"] else "~"
         speed = "  ".join(_ratio(r, rival) for rival, r in row["speed_vs"].items())
+        if not row["ours"] and row["relative_error"] > WORTH_SAYING[row["dtype"]]:
+            speed = f"[dim]off by {row['relative_error']:.1%} of the norm[/]"
         return f"{case} {name}{figures}  {speed}"
 
 
