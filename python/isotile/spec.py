@@ -177,6 +177,8 @@ class OpSpec:
         autocast: "lower" casts to autocast's dtype, "float32" to float32, None leaves dtypes alone.
         vmap_scalars: scalars to change when a leading loop dimension is added.
         door: the public function where it differs from the operator (other option names, fewer results).
+        nonfinite: NaN and infinite inputs give NaN and infinity exactly where the reference does. False promises
+            only that they do not spread where nothing reads them.
         internal: not exported from `isotile` (backward operators).
     """
 
@@ -198,6 +200,7 @@ class OpSpec:
     autocast: str | None = None
     vmap_scalars: Callable[[SimpleNamespace], dict[str, Any]] | None = None
     door: Callable[..., Any] | None = None
+    nonfinite: bool = True
     internal: bool = False
     draw: Callable[..., Any] | None = None
     name: str = ""  # set by the registry from the file's name

@@ -288,7 +288,13 @@ def score_error(a, scores, visible, lse):
     if a.sinks is not None:
         mean_error = mean_error + a.sinks.double().abs()[:, None, None]
     relative = error + mean_error + torch.where(visible, (finite - top).abs(), 0.0) + growth(a.key.shape[-2]) + 8
-    return p, mean_error, relative
+    return p, mean_error, compounded(relative, a.query.dtype)
+
+
+def compounded(relative, dtype):
+    """What an exponent's error of `relative` units makes of a probability: exp(error) - 1, in those units."""
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+    return torch.expm1((relative * unit).clamp(max=300.0)) / unit
 
 
 def _error(args, truth, dims):

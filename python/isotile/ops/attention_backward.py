@@ -81,8 +81,8 @@ def attention_backward(
 def _error(args, truth, dims):
     raw, scores, visible = forward.scores_of(args, torch.float64)
     lse = args.lse.double()[..., None]
-    p, mean_error, relative = forward.score_error(args, scores, visible, lse)
-    relative = relative + torch.where(lse.isfinite(), lse, 0.0).abs()
+    p, _, relative = forward.score_error(args, scores, visible, lse)
+    relative = relative + forward.compounded(torch.where(lse.isfinite(), lse, 0.0).abs(), args.query.dtype)
     kept = forward.kept_of(args, p.shape, torch.float64)
     heads, groups = args.query.shape[-3], args.query.shape[-3] // max(args.key.shape[-3], 1)
     upstream = args.grad_out.double().abs()
@@ -178,6 +178,8 @@ SPEC = OpSpec(
     error=ErrorModel(_error),
     flops=lambda d, s: 2.5 * forward.flops(d, s),
     laws=("deterministic",),
+    # A probability that underflows in float32 but not in float64 turns an infinite gradient into NaN, or the reverse.
+    nonfinite=False,
     internal=True,
     cases=tuple(
         Case(
