@@ -1,7 +1,8 @@
 """Plants one-line bugs in copies of the sources and shows which test catches each.
 
 `make mutants`, or `python tests/mutants.py [NAME ...]` for some, `--list` to see them, `--keep DIR` to keep the copy
-and its build for the next run. Each bug is one that a careful engineer could write. The tests named beside it are few, so
+and its build for the next run. Each bug is one that a careful engineer could write. The tests named beside it are
+few, so
 that it is quick, and they pass on the unchanged copy first. A C++ bug costs one object: for those the extension is
 built for the scalar instruction set alone, hardly optimised; the others use the installed one. The vector headers are
 tested by tests/csrc/test_vec.py, which compiles for itself.

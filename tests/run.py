@@ -1,4 +1,4 @@
-"""Runs the whole test suite: `make test`. Groups that need a process of their own get one; the exit code is the worst."""
+"""Runs the whole test suite, as `make test`. Groups that need a process of their own get one."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
 import importlib.util
 import json
 
-import isotile
 import pytest
 import torch
+
+import isotile
 from isotile import demo
 from isotile.demo import agreement, command, compare, decoder, encoder, tables, torch_ops
 

@@ -113,7 +113,7 @@ def test_a_choice_does_not_leak_into_other_threads():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="wanted one of .*'cpu'.*got 'tpu'"), isotile.use_backend("tpu"):
+    with pytest.raises(ValueError, match=r"wanted one of .*'cpu'.*got 'tpu'"), isotile.use_backend("tpu"):
         pass
 
 

@@ -1,8 +1,9 @@
 """The modules of isotile.nn against their namesakes in torch.nn."""
 
-import isotile.nn
 import pytest
 import torch
+
+import isotile.nn
 
 PAIRS = [
     (isotile.nn.Linear, torch.nn.Linear, (12, 5), {}),

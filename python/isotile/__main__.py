@@ -46,7 +46,7 @@ def info(args: argparse.Namespace) -> int:
     """Versions, and every backend: available, or why not."""
     if args.readme is not None:
         return rewrite_readme(Path(args.readme))
-    facts = {"versions": versions(), "backends": isotile.backends()}
+    facts: dict[str, Any] = {"versions": versions(), "backends": isotile.backends()}
     if args.json:
         print(json.dumps(facts, indent=2, default=str))
         return 0

@@ -1,4 +1,4 @@
-"""From a call's signature to a plan: validate, choose a backend, lower, prepare. Everything here runs once per signature."""
+"""From a call's signature to a plan: validate, choose a backend, lower, prepare; all of it once per signature."""
 
 from __future__ import annotations
 
@@ -423,17 +423,16 @@ def _with_copies(spec: OpSpec, copied: frozenset[str], run: Callable[..., None])
 
     def copying(*tensors: torch.Tensor | None) -> None:
         dense = list(tensors)
-        for i in (*inputs, *results):
-            if dense[i] is not None:
-                dense[i] = (
-                    dense[i].contiguous()
-                    if i in inputs
-                    else torch.empty_like(dense[i], memory_format=torch.contiguous_format)
-                )
+        for i in inputs:
+            if (given := tensors[i]) is not None:
+                dense[i] = given.contiguous()
+        for i in results:
+            if (given := tensors[i]) is not None:
+                dense[i] = torch.empty_like(given, memory_format=torch.contiguous_format)
         run(*dense)
         for i in results:
-            if tensors[i] is not None:
-                tensors[i].copy_(dense[i])
+            if (given := tensors[i]) is not None and (filled := dense[i]) is not None:
+                given.copy_(filled)
 
     return copying
 
@@ -465,7 +464,8 @@ def _warn_fallback(spec: OpSpec, backend: str, passed_over: list[tuple[str, str]
         if (spec.name, reason) in _warned:
             continue
         warnings.warn(
-            f"isotile.{spec.name} on {request.device.type} runs on backend {backend!r}, since {name!r} refuses: {reason}",
+            f"isotile.{spec.name} on {request.device.type} runs on backend {backend!r}, "
+            f"since {name!r} refuses: {reason}",
             FallbackWarning,
             stacklevel=_caller_level(),
         )

@@ -26,7 +26,7 @@ from .state import CURRENT, State
 
 NAMESPACE = "isotile"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-#: Dispatch keys that run kernels: NVIDIA and AMD GPUs share CUDA; Neuron is PrivateUse1 (TorchNeuron) or XLA (torch-xla).
+#: Dispatch keys that run kernels. NVIDIA and AMD GPUs share CUDA; Neuron is PrivateUse1 (TorchNeuron) or XLA.
 KERNEL_KEYS = ("CPU", "CUDA", "XLA", "PrivateUse1")
 AUTOCAST_KEYS = {
     "AutocastCPU": "cpu",
@@ -105,23 +105,11 @@ class Operator:
         if outs is not None:
             self._check_outs(overload, values, outs)
         plan = self.plan(overload, values, outs)
-        given = iter(outs or ())
-        filled = [
-            None
-            if s is None
-            else (next(given, None) if outs else torch.empty_strided(s[0], s[1], dtype=s[2], device=s[3]))
-            for s in plan.empty
-        ]
-        if outs is not None:
-            filled = [
-                torch.empty_strided(s[0], s[1], dtype=s[2], device=s[3]) if s is not None and f is None else f
-                for s, f in zip(plan.empty, filled, strict=True)
-            ]
+        given = list(outs or ())  # the first results; the rest, such as attention's lse, are allocated
+        filled = [None if spec is None else given.pop(0) if given else spec.empty() for spec in plan.outs]
         plan.run(*[values[i] for i in self.tensor_positions], *filled)
-        return tuple(
-            values[self.tensor_positions[0]].new_empty(0) if filled[i] is None else filled[i]
-            for i in self.result_positions[overload]
-        )
+        nothing = values[self.tensor_positions[0]].new_empty
+        return tuple(nothing(0) if (f := filled[i]) is None else f for i in self.result_positions[overload])
 
     def _check_outs(self, overload: str, values: tuple[Any, ...], outs: Sequence[torch.Tensor]) -> None:
         named = dict(zip(self.parameters, values, strict=True))
@@ -177,12 +165,12 @@ class Operator:
         return self.dispatched(overload, values)
 
     def differentiable(self, overload: str, values: tuple[Any, ...], kind: int) -> tuple[torch.Tensor, ...]:
-        results = self.functions[overload][kind].apply(*values)
+        results = self.functions[overload][kind].apply(*values)  # type: ignore[attr-defined]
         return results if isinstance(results, tuple) else (results,)
 
     def dispatched(self, overload: str, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         results = self.torch_ops[overload](*[values[i] for i in self.orders[overload]])
-        return results if isinstance(results, tuple | list) else (results,)
+        return tuple(results) if isinstance(results, tuple | list) else (results,)
 
     # --- registration ----------------------------------------------------------------------------------------------
 
@@ -302,7 +290,7 @@ class Operator:
 
         if not wanted or not results:
             return {}
-        _, pull = torch.func.vjp(of_wanted, *[saved[n] for n in wanted])
+        pull = torch.func.vjp(of_wanted, *[saved[n] for n in wanted])[1]
         return dict(zip(wanted, pull(tuple(grads[n] for n in results)), strict=True))
 
     def meta(self, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -392,7 +380,7 @@ class Operator:
         positions = [i for i in self.tensor_positions if values[i] is not None]
         batched = [i for i in positions if in_dims[i] is not None]
 
-        def core_rank(i: int) -> int | None:
+        def core_rank(i: int) -> int:
             pattern = self.spec.tensors[self.parameters[i]].pattern
             if pattern.star is None:
                 return len(pattern.core)
@@ -415,7 +403,7 @@ class Operator:
             )
             moved = list(values)
             for i in batched:
-                value = values[i].movedim(in_dims[i], 0)
+                value = values[i].movedim(in_dims[i] or 0, 0)
                 missing = loop + core_rank(i) - rank(i)
                 moved[i] = value.reshape(value.shape[0], *[1] * missing, *value.shape[1:]) if missing > 0 else value
             if self.spec.vmap_scalars is not None:
@@ -435,14 +423,10 @@ class Operator:
                 for f in found
             )
             return whole, (0,) * len(whole)
-        rows = []
-        for b in range(batch):
-            rows.append(
-                self.route(
-                    overload,
-                    tuple(v.select(in_dims[i], b) if i in batched else v for i, v in enumerate(values)),
-                )
-            )
+        rows = [
+            self.route(overload, tuple(v.select(in_dims[i], b) if i in batched else v for i, v in enumerate(values)))
+            for b in range(batch)
+        ]
         return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(results)
 
 

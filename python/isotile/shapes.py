@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ def parse(text: str) -> Pattern:
 
 @dataclasses.dataclass
 class Dims:
-    """Sizes bound by the patterns of a call: `dims.n`, `dims["n"]`, `dims.loop`, and `dims.rows`, the loop's product."""
+    """Sizes bound by the patterns of a call: `dims.n`, `dims["n"]`, `dims.loop`; `dims.rows` is the loop's product."""
 
     sizes: dict[str, Size]
     stars: dict[str, tuple[Size, ...]]
@@ -277,7 +278,7 @@ def flatten_group(view: View, start: int, length: int) -> View | None:
     shape, strides = view.shape[start : start + length], view.strides[start : start + length]
     total = math.prod(shape)
     kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
-    for (_, outer), (inner_size, inner) in zip(kept, kept[1:], strict=False):
+    for (_, outer), (inner_size, inner) in itertools.pairwise(kept):
         if total and outer != inner_size * inner:
             return None
     stride = kept[-1][1] if kept else 1

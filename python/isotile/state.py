@@ -30,7 +30,8 @@ def _state(backend: str | None, deterministic: bool, batch_invariant: bool) -> S
 
 
 CURRENT: contextvars.ContextVar[State] = contextvars.ContextVar(
-    "isotile_state", default=_state(env.backend(), False, False)
+    "isotile_state",
+    default=_state(env.backend(), False, False),  # noqa: B039 (frozen)
 )
 
 

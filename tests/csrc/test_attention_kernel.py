@@ -136,7 +136,7 @@ def draw(rng, dtype, **fixed):
     g = torch.Generator().manual_seed(rng.randrange(2**31))
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     o = dict(
-        OPTIONS, is_causal=rng.random() < 0.5, scale=rng.choice([max(d, 1) ** -0.5, 0.3, -0.2]), bottom_right=rng.random() < 0.5,
+        OPTIONS, is_causal=rng.random() < 0.5, scale=rng.choice([max(d, 1) ** -0.5, 0.3, -0.2]), bottom_right=rng.random() < 0.5,  # noqa: E501
         window_left=rng.choice([-1, -1, 0, 7, 100]), window_right=rng.choice([-1, -1, 0, 5]),
         softcap=rng.choice([0.0, 0.0, 1.5]), dropout_p=rng.choice([0.0, 0.0, 0.3]),
     )  # fmt: skip

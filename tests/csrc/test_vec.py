@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from isotile import _C
 
 ROOT = Path(__file__).parents[2]

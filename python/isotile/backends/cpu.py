@@ -47,8 +47,9 @@ def extension() -> tuple[Any, str | None]:
         ]
     except (OSError, AttributeError) as error:
         return None, f"PyTorch's thread pool is out of reach ({error}); install torch>=2.11"
-    _C.set_parallel(*addresses)
-    return _C, None
+    module: Any = _C
+    module.set_parallel(*addresses)
+    return module, None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""NKI kernels for Trainium and Inferentia: on a Neuron device, or on CPU tensors in a simulator where it is asked for."""
+"""NKI kernels for Trainium and Inferentia; on CPU tensors in the bundled emulator, where it is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch: the specs' own reference functions, on any device. The last resort, and the meaning of every operator."""
+"""Plain PyTorch: the specs' own reference functions, on any device: the last resort, and every operator's meaning."""
 
 from __future__ import annotations
 

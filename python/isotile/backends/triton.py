@@ -122,8 +122,10 @@ class TritonBackend:
             return {}
         facts: dict[str, Any] = {"triton": importlib.metadata.version("triton"), "interpreter": interpreted()}
         if torch.cuda.is_available():
-            facts["devices_found"] = [
-                f"{torch.cuda.get_device_name(i)} (compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
-                for i in range(torch.cuda.device_count())
-            ]
+            facts["gpus"] = [_describe(i) for i in range(torch.cuda.device_count())]
         return facts
+
+
+def _describe(index: int) -> str:
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    return f"{torch.cuda.get_device_name(index)} (compute capability {capability})"

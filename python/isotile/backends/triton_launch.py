@@ -81,7 +81,7 @@ class Replay:
         self.device = torch.device(device)
         self.index = self.device.index if self.device.type == "cuda" else None
         index = {id(view): i for i, view in enumerate(views) if view is not None}
-        self.scratch = []
+        self.scratch: list[tuple[tuple[int, ...], torch.dtype]] = []
 
         def slot(arg):
             if _role(arg) == "scratch" and id(arg) not in index:

@@ -32,7 +32,7 @@ def door(
     seqlens_k=None,
     return_lse=False,
 ):
-    """softmax(query @ key.T * scale, with its options) @ value: `torch.nn.functional.scaled_dot_product_attention` and beyond.
+    """softmax(query @ key.T * scale) @ value, as `torch.nn.functional.scaled_dot_product_attention`, with more options.
 
     Blocked with an online softmax where the backend has a kernel, so memory is linear in the sequence length. Scores
     and sums in float32 (float64 for float64). Dao, FlashAttention-2, 2023 (arXiv:2307.08691); Milakov and Gimelshein,
@@ -55,7 +55,8 @@ def door(
         scale: of the scores; 1 / sqrt(head_dim) if None.
         enable_gqa: allow query_heads to be a multiple of heads: query head h reads head h // (query_heads // heads).
         causal_alignment: "top_left" (PyTorch's) or "bottom_right" (decode).
-        window: (left, right), each an int of at least 0 or None for unbounded: position - left <= key <= position + right.
+        window: (left, right), each an int of at least 0, or None for unbounded:
+            position - left <= key <= position + right.
         softcap: softcap * tanh(score / softcap); greater than 0.
         sinks: [query_heads], a learnable logit that joins the softmax's denominator and has no value.
         alibi_slopes: [query_heads]: -slope * |position - key| is added to the scores. Not differentiable.
@@ -83,7 +84,8 @@ def door(
         and query.shape[-3] != key.shape[-3]
     ):
         raise ValueError(
-            f"isotile.attention: key: wanted {query.shape[-3]} heads (from query; or enable_gqa=True), got {key.shape[-3]}"
+            f"isotile.attention: key: wanted {query.shape[-3]} heads (from query; or enable_gqa=True), "
+            f"got {key.shape[-3]}"
         )
     left = right = None
     if window is not None:
@@ -333,7 +335,7 @@ def _at_least_zero(value):
     return None if value >= 0 else "wanted an int of at least 0"
 
 
-ARGS = {
+ARGS: dict[str, Tensor | Scalar] = {
     "query": Tensor("... hq sq d"),
     "key": Tensor("... hk sk d", same_as="query"),
     "value": Tensor("... hk sk dv", same_as="query"),

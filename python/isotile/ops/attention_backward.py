@@ -97,7 +97,7 @@ def _error(args, truth, dims):
     size = torch.where(visible, p * (dp + delta), 0.0)
     error = size * (relative + growth(dv) + 4)
     scale = abs(forward.default_scale(args))
-    cap = 1.0
+    cap: torch.Tensor | float = 1.0
     if args.softcap is not None:
         # The slope 1 - tanh^2 moves by at most 2 / softcap for each unit that the raw score moves, and cancels near 1.
         cap = 1 - torch.tanh(raw / args.softcap).square()

@@ -29,7 +29,8 @@ def layer_norm_backward(
     """
     xhat, rstd = _norm.centred(_norm.rows_of(x, normalized_shape), eps)
     upstream = _norm.rows_of(grad, normalized_shape)
-    g = upstream if weight is None else upstream * _norm.flat(weight, x)
+    w = _norm.flat(weight, x)
+    g = upstream if w is None else upstream * w
     out = {}
     if need_x:
         dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd

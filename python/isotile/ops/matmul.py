@@ -132,7 +132,7 @@ def _error(args, truth, dims):
     return product_error(torch.matmul(args.a.double().abs(), args.b.double().abs()), dims.k, args, truth)
 
 
-EPILOGUE = {
+EPILOGUE: dict[str, Tensor | Scalar] = {
     "bias": Tensor("n", optional=True),
     "activation": Scalar("str?", choices=_activation.ACTIVATIONS[1:], samples=_activation.ACTIVATIONS),
     "out_dtype": Scalar("ScalarType?", choices=FLOATS, samples=(None, *FLOATS[:3])),

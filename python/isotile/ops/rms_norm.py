@@ -18,7 +18,7 @@ def rms_norm(x, normalized_shape, weight=None, eps=None, *, residual=None, weigh
         x: [..., *n], float32, bfloat16, float16 or float64.
         normalized_shape: the sizes *n of the last dimensions that one row spans, an int or a sequence.
         weight: [*n], any float dtype; 1 if None (without the offset).
-        eps: added to the mean square, at least 0; float32's machine epsilon if None (float64's for float64), as PyTorch.
+        eps: added to the mean square, at least 0; float32's machine epsilon if None (float64's for float64).
         residual: [..., *n], x's dtype, added to x first.
         weight_offset: added to the weight; 1.0 is the zero-centred form.
 

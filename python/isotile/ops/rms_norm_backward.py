@@ -13,7 +13,8 @@ def rms_norm_backward(
 ):
     """Gradients of `rms_norm` from the gradient of its result; statistics are taken again from x.
 
-    With g = grad * (weight + weight_offset) and means over a row: grad_x = (g - xhat * mean(g * xhat)) * rstd + grad_sum,
+    With g = grad * (weight + weight_offset) and means over a row:
+    grad_x = (g - xhat * mean(g * xhat)) * rstd + grad_sum,
     grad_weight = sum over rows of grad * xhat.
 
     Args:

@@ -50,10 +50,16 @@ def recipes(spec: OpSpec, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) ->
             scalars["need_sinks"] = False
         if scalars.get("dropout_p") and "dropout_seed" not in present:
             present.append("dropout_seed")
-        loop = draw(st.lists(st.sampled_from(LOOPS), max_size=3))
+        names = _core_names(spec, present)
+        if names:
+            loop = draw(st.lists(st.sampled_from(LOOPS), max_size=3))
+        else:  # the loop is all there is: elementwise, or along one of its dimensions
+            loop = []
+            for _ in range(draw(st.integers(0, 3))):
+                room = BUDGET // max(1, math.prod(loop))
+                loop.append(draw(st.sampled_from([s for s in SIZES if s <= max(1, room)])))
         budget = BUDGET // max(1, math.prod(loop))
         sizes: dict[str, Any] = {}
-        names = _core_names(spec, present)
         for name in sorted(names, key=lambda _: draw(st.integers(0, 9))):
             allowed = [s for s in SIZES if s <= max(1, min(budget, _limit(spec, name)))]
             sizes[name] = draw(st.sampled_from(allowed))
