@@ -57,6 +57,8 @@ def bounds(spec: OpSpec, overload: str, values: dict[str, Any], dims: Dims | Non
     first = values[next(iter(spec.tensors))].dtype
     wide = torch.float64 if first == torch.float64 else torch.float32
     unit, operand_unit = torch.finfo(wide).eps / 2, torch.finfo(first).eps / 2
+    if wide == torch.float64:
+        unit *= 2  # the truth is computed in the same precision, and errs as much
     floor = torch.finfo(wide).smallest_normal
     with exact(), torch.no_grad():
         terms = spec.error.terms(SimpleNamespace(**values), truth, bound_dims)
