@@ -370,7 +370,7 @@ PYTHON = [
         "    for _ in range(10):",
         "    for _ in range(7):",
         "Philox4x32-7 exists, and is random enough",
-        drawn("attention"),
+        large("attention_everything"),
     ),
     Mutant(
         "eps_of_the_dtype",
