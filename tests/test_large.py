@@ -67,7 +67,7 @@ CASES = {
     "softmax": recipe("softmax", [701, 97]),
     "softmax_stepped": recipe("softmax", [701, 97], {"x": "stepped"}),
     "softmax_long": recipe("softmax", [3, 70001]),
-    "softmax_far_below_zero": recipe("softmax", [64, 129], kind="large"),
+    "softmax_far_below_zero": recipe("softmax", [64, 3], kind="large"),
     "softmax_columns": recipe("softmax", [5, 97, 301], dim=1),
     "softmax_columns_apart": recipe("softmax", [5, 97, 301], {"x": "sliced"}, dim=1),
     "softmax_backward": recipe("softmax_backward", [701, 97], {"y": "sliced"}),

@@ -56,16 +56,26 @@ double row_lse(const Problem& p, const Row& row, A maximum, A sum) {
   return static_cast<double>(maximum) * kLn2 + __builtin_log(static_cast<double>(sum));
 }
 
+// Whether a row sees no key at all: its result is 0 then, whatever its sink.
+ISOTILE_INLINE bool sees_nothing(const Problem& p, const Row& row) {
+  for (int64_t key = row.lo; key < row.hi; ++key) {
+    if (mask_shows(p, row, key)) return false;
+  }
+  return true;
+}
+
 // Row r of the group: out = o / sum, and lse.
 template <class T>
 void finish_row(const Problem& p, const Group& group, const Row& row, int64_t r, Accumulator<T> maximum,
                 Accumulator<T> sum, const Accumulator<T>* o, const TensorView& out, const TensorView& lse) {
   using V = Vec<Accumulator<T>>;
   const RowSource<T> out_rows = group.queries_of<T>(out);
-  const V factor = V::set1(sum == 0 ? 0 : static_cast<Accumulator<T>>(p.keep_scale) / sum);
+  // With a sink that is not finite the sum is NaN even of no terms.
+  const bool nothing = sum == 0 || (sum != sum && sees_nothing(p, row));
+  const V factor = V::set1(nothing ? 0 : static_cast<Accumulator<T>>(p.keep_scale) / sum);
   T* to = const_cast<T*>(out_rows.row(r));
   for (int64_t i = 0; i < p.dv; i += V::kLanes) {
-    const V x = V::load(o + i) * factor;
+    const V x = nothing ? V::zero() : V::load(o + i) * factor;
     const int64_t left = min64(V::kLanes, p.dv - i);
     if (out_rows.stride_col == 1) {
       x.store(to + i, left);

@@ -14,9 +14,9 @@ from ..spec import FLOATS, OpSpec, Scalar, Tensor
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-#: Sizes around the tiles that kernels use, and awkward ones.
-SIZES = (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 191, 257)
-LOOPS = (0, 1, 1, 2, 3, 4)
+#: Sizes around the tiles that kernels use, and awkward ones; 0 is drawn beside them.
+SIZES = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 191, 257)
+LOOPS = (1, 1, 2, 3, 4)
 #: Elements of the largest product of dimensions that one example may have.
 BUDGET = 1 << 16
 KINDS = ("normal", "large", "tiny", "mixed", "integers", "specials")
@@ -35,6 +35,11 @@ def recipes(spec: OpSpec, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) ->
 
     kinds = tuple(k for k in kinds if spec.nonfinite or k != "specials")
 
+    rarely = st.integers(0, 19).map(lambda n: n == 19)  # one empty dimension empties the whole example
+
+    def draw_size(draw: Any, most: int) -> int:
+        return 0 if draw(rarely) else draw(st.sampled_from([s for s in SIZES if s <= max(1, most)]))
+
     @st.composite
     def draw_recipe(draw: Any) -> dict[str, Any]:
         kind = draw(st.sampled_from(kinds))
@@ -52,17 +57,16 @@ def recipes(spec: OpSpec, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) ->
             present.append("dropout_seed")
         names = _core_names(spec, present)
         if names:
-            loop = draw(st.lists(st.sampled_from(LOOPS), max_size=3))
+            loop = [0 if draw(rarely) else size for size in draw(st.lists(st.sampled_from(LOOPS), max_size=3))]
         else:  # the loop is all there is: elementwise, or along one of its dimensions
             loop = []
             for _ in range(draw(st.integers(0, 3))):
                 room = BUDGET // max(1, math.prod(loop))
-                loop.append(draw(st.sampled_from([s for s in SIZES if s <= max(1, room)])))
+                loop.append(draw_size(draw, room))
         budget = BUDGET // max(1, math.prod(loop))
         sizes: dict[str, Any] = {}
         for name in sorted(names, key=lambda _: draw(st.integers(0, 9))):
-            allowed = [s for s in SIZES if s <= max(1, min(budget, _limit(spec, name)))]
-            sizes[name] = draw(st.sampled_from(allowed))
+            sizes[name] = draw_size(draw, min(budget, _limit(spec, name)))
             budget //= max(1, sizes[name])
         stars = {n for n in names if any(a.pattern.star == n for a in spec.tensors.values())}
         groups = {}
