@@ -14,6 +14,9 @@ hypothesis.settings.register_profile(
     max_examples=30,
     deadline=None,
     database=None,
+    # A failure prints the line that repeats it; shrinking one can take longer than all the tests.
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    report_multiple_bugs=False,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile(
