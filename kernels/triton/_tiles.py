@@ -131,14 +131,19 @@ def store_epilogue(
 def activation_slope(z, ACTIVATION: tl.constexpr):
     """Derivative of `activate`."""
     if ACTIVATION == 1:
-        slope = tl.where(z <= 0, 0.0, 1.0)
+        slope = tl.where(z != z, z, tl.where(z <= 0, 0.0, 1.0))
     elif ACTIVATION == 2:
+        # beyond 20 the density is 0; an infinite z would give inf * 0
+        z = tl.where(z > 20.0, 20.0, tl.where(z < -20.0, -20.0, z))
         slope = normal_cdf(z) + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
     elif ACTIVATION == 3:
+        # beyond 20 the slope is 0 or 1; an infinite z would give 0 * inf
+        z = tl.where(z > 20.0, 20.0, tl.where(z < -20.0, -20.0, z))
         t = tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
         inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * z * z)
         slope = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
     elif ACTIVATION == 4:
+        z = tl.where(z > 200.0, 200.0, tl.where(z < -200.0, -200.0, z))  # an infinite z would give inf * 0
         s = 1.0 / (1.0 + tl.exp(-z))
         slope = s * (1.0 + z * (1.0 - s))
     elif ACTIVATION == 5:
