@@ -54,7 +54,14 @@ $(VENV)/built: $(VENV)/installed-demo $(SOURCES)
 $(VENV)/built-demo: $(VENV)/built
 	touch $@
 
-$(VENV)/built-test: $(VENV)/installed-test $(VENV)/built
+$(VENV)/built-test: $(VENV)/installed-test $(VENV)/installed-browser $(VENV)/built
+	touch $@
+
+# The browser that tests look at the HTML reports with: Debian's, where apt is at hand. Without one they skip and say so.
+$(VENV)/installed-browser: $(VENV)/installed-test
+	which chromium-headless-shell || which chromium || which google-chrome \
+	  || { apt-get -q update && apt-get -qy --no-install-recommends install chromium-headless-shell fonts-dejavu-core; } \
+	  || echo "no browser can be had; the tests of the HTML reports will skip"
 	touch $@
 
 clean:

@@ -6,12 +6,12 @@ import csv
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +28,9 @@ from isotile.bench.agreement import Judge, relative_error
 from isotile.bench.rivals import EXPRESSIONS, torch_expression
 from isotile.bench.workloads import Inputs, UsageError, select
 from isotile.spec import Case
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _browser
 
 QUICK = ["--quick", "--threads", "1", "--against", "torch"]
 
@@ -484,24 +487,29 @@ def test_report_says_what_it_misses(tmp_path, monkeypatch, capsys):
     assert "pip install plotly" in capsys.readouterr().err
 
 
-def test_report_draws_in_a_browser(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "dark"), [(_browser.DESKTOP, False), (_browser.PHONE, True)], ids=["desktop", "phone"]
+)
+def test_report_draws_in_a_browser(tmp_path, size, dark):
     pytest.importorskip("plotly", reason="the plotting library is not installed")
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium")
     path = written_run(tmp_path)
     assert main(["report", str(path)]) == 0
-    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += ["--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom"]
-    found = subprocess.run(
-        [browser, *words, path.with_suffix(".html").as_uri()], capture_output=True, text=True, timeout=120
-    )
-    assert "CONSOLE" not in found.stderr, found.stderr
-    body = found.stdout[found.stdout.index('<tbody id="rows">') :]
-    assert body[: body.index("</tbody>")].count("<tr") == 25
-    drawn = found.stdout[: found.stdout.index('<tbody id="rows">')]
-    assert drawn.count('class="point"') >= 12  # a bar for each ratio
-    assert "<b>planted</b>" not in body[: body.index("</tbody>")]
+    with _browser.opened(path.with_suffix(".html"), size, dark) as page:
+        table = page.locator("#rows tr")
+        assert table.count() == 25
+        assert page.locator("#bars .point").count() >= 12  # a bar for each ratio
+        assert page.locator("#roofline .point").count() >= 12
+        assert _browser.overflow(page) <= 0
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(255, 255, 255)") != dark
+        assert page.locator("#rows b").count() == 0  # a reason is text
+        page.locator("#titles button", has_text="speed").click()
+        speeds = [float(t.rstrip("x")) for t in table.locator("td:last-child").all_inner_texts() if t.endswith("x")]
+        assert len(speeds) == 12 and speeds == sorted(speeds)
+        page.get_by_label("search").fill("case11")
+        assert table.count() == 2
+        page.get_by_label("contender").select_option("torch")
+        assert table.count() == 1
 
 
 def test_records_are_strict_json(tmp_path):
