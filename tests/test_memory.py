@@ -156,6 +156,8 @@ def test_attention_memory_is_linear_at_16384(dtype, gradient):
 
 def test_the_measure_sees_a_score_matrix():
     sequence = 4096
-    assert peak_rise("reference", "float32", sequence, False) >= sequence * sequence * 4 > linear_allowance(
-        sequence, "float32", False
+    assert (
+        peak_rise("reference", "float32", sequence, False)
+        >= sequence * sequence * 4
+        > linear_allowance(sequence, "float32", False)
     )

@@ -197,3 +197,17 @@ def test_philox_gives_the_published_words():
     """Random123's known answer for philox4x32-10 with counter and key 0."""
     zero = torch.zeros((), dtype=torch.int64)
     assert int(_philox.first_word(zero, zero, zero, zero)) == 0x6627E8D5
+
+
+def test_attentions_loop_dimensions_broadcast_between_all_its_tensors():
+    """Only value, or only seqlens_k, has the batch: scores, lse and the dropout mask have it too."""
+    q, k, v = randn(4, 5, 8), randn(4, 6, 8), randn(3, 4, 6, 2)
+    lengths = torch.tensor([[6, 2, 0]], dtype=torch.int32)
+    whole = [t.expand(1, 3, *t.shape[-3:]) for t in (q, k, v)]
+    for p in (0.0, 0.4):
+        torch.manual_seed(0)
+        want = isotile.attention(*whole, seqlens_k=lengths, return_lse=True, dropout_p=p)
+        torch.manual_seed(0)
+        got = isotile.attention(q, k, v, seqlens_k=lengths, return_lse=True, dropout_p=p)
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w)

@@ -30,7 +30,7 @@ class Values:
     scale: float = 1.0
     low: float | None = None
     high: float | None = None
-    #: `make(generator, dims, shape) -> tensor`, for arguments with a structure of their own
+    #: `make(random, dims, shape) -> tensor`, for arguments of a structure; random is a `testing.draws.Random`
     make: Callable[..., torch.Tensor] | None = None
 
 

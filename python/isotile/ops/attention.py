@@ -141,7 +141,10 @@ def default_scale(a):
 
 
 def scores_of(a, wide):
-    """(raw, scores, visible): scaled scores before and after softcap, ALiBi and mask; hidden ones are -inf."""
+    """(raw, scores, visible): scaled scores before and after softcap, ALiBi and mask; hidden ones are -inf.
+
+    All three have the call's loop dimensions, also those that only value or seqlens_k has.
+    """
     heads = a.query.shape[-3]
     raw = (a.query.to(wide) @ expand_heads(a.key.to(wide), heads).mT) * default_scale(a)
     scores = raw if a.softcap is None else a.softcap * torch.tanh(raw / a.softcap)
@@ -150,8 +153,9 @@ def scores_of(a, wide):
         scores = scores - a.alibi_slopes.to(wide)[:, None, None] * distance
     if a.attn_mask is not None and a.attn_mask.dtype != torch.bool:
         scores = scores + a.attn_mask.to(wide)
-    visible = visible.expand(scores.shape)
-    return raw, torch.where(visible, scores, -math.inf), visible
+    shape = torch.broadcast_shapes(scores.shape, visible.shape, (*a.value.shape[:-3], 1, 1, 1))
+    visible = visible.expand(shape)
+    return raw.expand(shape), torch.where(visible, scores, -math.inf), visible
 
 
 def kept_of(a, shape, wide):
@@ -221,8 +225,7 @@ def attention(
     if kept is not None:
         p = p * kept
     out = weighted(p, visible_values(a, visible, wide), visible)
-    # Loop dimensions that only value has broadcast lse too.
-    return {"out": stored(out, query.dtype), "lse": lse.squeeze(-1).expand(out.shape[:-1])}
+    return {"out": stored(out, query.dtype), "lse": lse.squeeze(-1)}
 
 
 def _gradient(saved, grads, needs):
@@ -319,12 +322,12 @@ def flops(dims, scalars):
     return full / 2 if scalars.is_causal else full
 
 
-def draw_lengths(generator, dims, shape):
-    return torch.randint(0, dims.sk + 1, shape, generator=generator).to(torch.int32)
+def draw_lengths(random, dims, shape):
+    return random.integers(0, dims.sk + 1, shape).to(torch.int32)
 
 
-def draw_seed(generator, dims, shape):
-    return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator)
+def draw_seed(random, dims, shape):
+    return random.integers(-(2**63), 2**63 - 1, shape)
 
 
 def _positive(value):

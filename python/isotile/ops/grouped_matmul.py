@@ -18,9 +18,9 @@ def groups_of(offsets, total):
     return bounds
 
 
-def draw_offsets(generator, dims, shape):
+def draw_offsets(random, dims, shape):
     """Cumulative ends: groups of random sizes, some empty, possibly with rows left over."""
-    cuts = torch.randint(0, dims.total + 1, shape, generator=generator)
+    cuts = random.integers(0, dims.total + 1, shape)
     return cuts.sort().values.to(torch.int32)
 
 

@@ -32,8 +32,8 @@ def ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The distance between neighbouring numbers of `dtype` at float64 `value`, subnormals included."""
     info = torch.finfo(dtype)
     magnitude = value.abs().nan_to_num(0.0, 0.0, 0.0).clamp(info.smallest_normal, info.max)
-    exponent = torch.floor(torch.log2(magnitude))
-    return torch.ldexp(torch.full_like(magnitude, info.eps), exponent.to(torch.int32))
+    mantissa, _ = torch.frexp(magnitude)  # in [0.5, 1), so that the quotient is a power of two exactly
+    return magnitude / (2 * mantissa) * info.eps
 
 
 def truth_of(spec: OpSpec, values: dict[str, Any]) -> dict[str, torch.Tensor]:

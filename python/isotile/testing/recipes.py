@@ -1,15 +1,17 @@
-"""Recipes: JSON descriptions of calls, drawn by hypothesis from a spec, and the tensors that they build."""
+"""Recipes: JSON descriptions of calls, drawn from a spec by hypothesis or a seed, and the tensors that they build."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import registry, shapes
 from ..spec import FLOATS, OpSpec, Scalar, Tensor
+from .draws import Drawn, Random, Source
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -30,107 +32,137 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def recipes(spec: OpSpec, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) -> SearchStrategy[dict[str, Any]]:
-    """A strategy of recipes for `spec` whose first tensor has `dtype`."""
+    """A hypothesis strategy of recipes for `spec` whose first tensor has `dtype`."""
     from hypothesis import strategies as st
 
-    kinds = tuple(k for k in kinds if spec.nonfinite or k != "specials")
-
-    rarely = st.integers(0, 19).map(lambda n: n == 19)  # one empty dimension empties the whole example
-
-    def draw_size(draw: Any, most: int) -> int:
-        return 0 if draw(rarely) else draw(st.sampled_from([s for s in SIZES if s <= max(1, most)]))
-
     @st.composite
-    def draw_recipe(draw: Any) -> dict[str, Any]:
-        kind = draw(st.sampled_from(kinds))
-        scalars = {
-            name: draw(st.sampled_from(_samples(scalar)))
-            for name, scalar in spec.scalars.items()
-            if scalar.star is None and name != "dim"
+    def drawn(draw: Any) -> dict[str, Any]:
+        return draw_recipe(Drawn(draw), spec, dtype, kinds)
+
+    return drawn()
+
+
+def kinds_of(spec: OpSpec, kinds: tuple[str, ...] = KINDS) -> tuple[str, ...]:
+    return tuple(k for k in kinds if spec.nonfinite or k != "specials")
+
+
+def draw_recipe(
+    source: Source,
+    spec: OpSpec,
+    dtype: torch.dtype,
+    kinds: tuple[str, ...] = KINDS,
+    wanted: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One recipe for `spec` whose first tensor has `dtype`.
+
+    Args:
+        source: makes the choices.
+        spec: the operator.
+        dtype: of its first tensor.
+        kinds: value kinds to choose among.
+        wanted: choices made beforehand: `kind`, a scalar's value by its name, an optional tensor's presence by its.
+    """
+    wanted = wanted or {}
+
+    def choose(name: str, options: Sequence[Any]) -> Any:
+        return wanted[name] if name in wanted else source.choice(options)
+
+    def boolean() -> bool:
+        return source.integer(0, 1) == 1
+
+    def rarely() -> bool:  # one empty dimension empties the whole example
+        return source.integer(0, 19) == 19
+
+    def draw_size(most: int) -> int:
+        return 0 if rarely() else source.choice([s for s in SIZES if s <= max(1, most)])
+
+    kind = choose("kind", kinds_of(spec, kinds))
+    scalars = {
+        name: choose(name, samples_of(scalar))
+        for name, scalar in spec.scalars.items()
+        if scalar.star is None and name != "dim"
+    }
+    present = [name for name, arg in spec.tensors.items() if not arg.optional or choose(name, (False, True))]
+    if scalars.get("need_mask") and "attn_mask" not in present:
+        scalars["need_mask"] = False
+    if scalars.get("need_sinks") and "sinks" not in present:
+        scalars["need_sinks"] = False
+    if scalars.get("dropout_p") and "dropout_seed" not in present:
+        present.append("dropout_seed")
+    names = _core_names(spec, present)
+    if names:
+        loop = [0 if rarely() else source.choice(LOOPS) for _ in range(source.integer(0, 3))]
+    else:  # the loop is all there is: elementwise, or along one of its dimensions
+        loop = []
+        for _ in range(source.integer(0, 3)):
+            room = BUDGET // max(1, math.prod(loop))
+            loop.append(draw_size(room))
+    budget = BUDGET // max(1, math.prod(loop))
+    sizes: dict[str, Any] = {}
+    for name in sorted(names, key=lambda _: source.integer(0, 9)):
+        sizes[name] = draw_size(min(budget, _limit(spec, name)))
+        budget //= max(1, sizes[name])
+    stars = {n for n in names if any(a.pattern.star == n for a in spec.tensors.values())}
+    groups = {}
+    for name in sorted(stars):
+        size = sizes.pop(name)
+        groups[name] = source.choice([[size], [size, 1], [1, size], [2, size], [size, 3]])
+    if "hk" in sizes:
+        sizes["hk"] = source.choice([1, 2, 3])
+        sizes["hq"] = sizes["hk"] * source.choice([1, 2, 4])
+    if "one" in sizes:
+        sizes["one"] = 1
+    absent = []
+    for name, arg in spec.tensors.items():
+        if name in present and arg.pattern.optional and not arg.broadcast and source.integer(0, 5) == 0:
+            absent.append(arg.pattern.optional[0])
+    if "n" in absent and "bias" in present:
+        present.remove("bias")
+    tensors = {}
+    for name in present:
+        arg = spec.tensors[name]
+        rank = len(loop)
+        lead = list(loop)
+        lacks = [o for o in arg.pattern.optional if o in absent]
+        if arg.pattern.loop and not spec.internal and "dim" not in spec.scalars:
+            if lacks and not arg.broadcast:
+                lead = []
+            elif rank and source.integer(0, 3) == 0:
+                lead = lead[source.integer(0, rank) :]
+                lead = [1 if boolean() else s for s in lead]
+        tensors[name] = {
+            "loop": lead,
+            "layout": source.choice(LAYOUTS),
+            "dtype": dtype_name(_draw_dtype(source, spec, arg, name, dtype)),
         }
-        present = [name for name, arg in spec.tensors.items() if not arg.optional or draw(st.booleans())]
-        if scalars.get("need_mask") and "attn_mask" not in present:
-            scalars["need_mask"] = False
-        if scalars.get("need_sinks") and "sinks" not in present:
-            scalars["need_sinks"] = False
-        if scalars.get("dropout_p") and "dropout_seed" not in present:
-            present.append("dropout_seed")
-        names = _core_names(spec, present)
-        if names:
-            loop = [0 if draw(rarely) else size for size in draw(st.lists(st.sampled_from(LOOPS), max_size=3))]
-        else:  # the loop is all there is: elementwise, or along one of its dimensions
-            loop = []
-            for _ in range(draw(st.integers(0, 3))):
-                room = BUDGET // max(1, math.prod(loop))
-                loop.append(draw_size(draw, room))
-        budget = BUDGET // max(1, math.prod(loop))
-        sizes: dict[str, Any] = {}
-        for name in sorted(names, key=lambda _: draw(st.integers(0, 9))):
-            sizes[name] = draw_size(draw, min(budget, _limit(spec, name)))
-            budget //= max(1, sizes[name])
-        stars = {n for n in names if any(a.pattern.star == n for a in spec.tensors.values())}
-        groups = {}
-        for name in sorted(stars):
-            size = sizes.pop(name)
-            groups[name] = draw(st.sampled_from([[size], [size, 1], [1, size], [2, size], [size, 3]]))
-        if "hk" in sizes:
-            sizes["hk"] = draw(st.sampled_from([1, 2, 3]))
-            sizes["hq"] = sizes["hk"] * draw(st.sampled_from([1, 2, 4]))
-        if "one" in sizes:
-            sizes["one"] = 1
-        absent = []
-        for name, arg in spec.tensors.items():
-            if name in present and arg.pattern.optional and not arg.broadcast and draw(st.integers(0, 5)) == 0:
-                absent.append(arg.pattern.optional[0])
-        if "n" in absent and "bias" in present:
-            present.remove("bias")
-        tensors = {}
-        for name in present:
-            arg = spec.tensors[name]
-            rank = len(loop)
-            lead = list(loop)
-            lacks = [o for o in arg.pattern.optional if o in absent]
-            if arg.pattern.loop and not spec.internal and "dim" not in spec.scalars:
-                if lacks and not arg.broadcast:
-                    lead = []
-                elif rank and draw(st.integers(0, 3)) == 0:
-                    lead = lead[draw(st.integers(0, rank)) :]
-                    lead = [1 if draw(st.booleans()) else s for s in lead]
-            tensors[name] = {
-                "loop": lead,
-                "layout": draw(st.sampled_from(LAYOUTS)),
-                "dtype": dtype_name(_draw_dtype(draw, st, spec, arg, name, dtype)),
-            }
-            if arg.broadcast:
-                tensors[name]["ones"] = draw(st.lists(st.booleans(), min_size=6, max_size=6))
-        if scalars.get("need_mask") and tensors["attn_mask"]["dtype"] == "bool":
-            scalars["need_mask"] = False
-        if "dim" in spec.scalars:
-            bound = max(1, len(loop))
-            scalars["dim"] = draw(st.integers(-bound, bound - 1))
-        switches = [o for o in spec.overloads if o in spec.args]
-        overload = next((s for s in switches if s in present), "default")
-        free = [o for o in spec.overloads if o not in spec.args and o != "default"]
-        if free and draw(st.integers(0, 3)) == 0:
-            overload = free[0]
-        return {
-            "op": spec.name,
-            "overload": overload,
-            "dtype": dtype_name(dtype),
-            "kind": kind,
-            "sizes": sizes,
-            "groups": groups,
-            "absent": absent,
-            "tensors": tensors,
-            "scalars": {n: dtype_name(v) if isinstance(v, torch.dtype) else v for n, v in scalars.items()},
-            "out": draw(st.sampled_from(("contiguous", "contiguous", "transposed", "sliced"))),
-            "seed": draw(st.integers(0, 2**31 - 1)),
-        }
-
-    return draw_recipe()
+        if arg.broadcast:
+            tensors[name]["ones"] = [boolean() for _ in range(6)]
+    if scalars.get("need_mask") and tensors["attn_mask"]["dtype"] == "bool":
+        scalars["need_mask"] = False
+    if "dim" in spec.scalars:
+        bound = max(1, len(loop))
+        scalars["dim"] = source.integer(-bound, bound - 1)
+    switches = [o for o in spec.overloads if o in spec.args]
+    overload = next((s for s in switches if s in present), "default")
+    free = [o for o in spec.overloads if o not in spec.args and o != "default"]
+    if free and source.integer(0, 3) == 0:
+        overload = free[0]
+    return {
+        "op": spec.name,
+        "overload": overload,
+        "dtype": dtype_name(dtype),
+        "kind": kind,
+        "sizes": sizes,
+        "groups": groups,
+        "absent": absent,
+        "tensors": tensors,
+        "scalars": {n: dtype_name(v) if isinstance(v, torch.dtype) else v for n, v in scalars.items()},
+        "out": source.choice(("contiguous", "contiguous", "transposed", "sliced")),
+        "seed": source.integer(0, 2**31 - 1),
+    }
 
 
-def _samples(scalar: Scalar) -> tuple[Any, ...]:
+def samples_of(scalar: Scalar) -> tuple[Any, ...]:
     if scalar.samples is not None:
         return scalar.samples
     if scalar.choices is not None:
@@ -150,14 +182,14 @@ def _limit(spec: OpSpec, name: str) -> int:
     return max(SIZES)
 
 
-def _draw_dtype(draw: Any, st: Any, spec: OpSpec, arg: Tensor, name: str, dtype: torch.dtype) -> torch.dtype:
+def _draw_dtype(source: Source, spec: OpSpec, arg: Tensor, name: str, dtype: torch.dtype) -> torch.dtype:
     if arg.same_as is not None or name == next(iter(spec.tensors)):
         return dtype
     if dtype in arg.dtypes:
         if arg.dtypes == FLOATS and name in _primary(spec):
             return dtype
         narrow = [d for d in arg.dtypes if d != torch.float64 or dtype == torch.float64]
-        return dtype if draw(st.integers(0, 2)) else draw(st.sampled_from(narrow))
+        return dtype if source.integer(0, 2) else source.choice(narrow)
     return arg.dtypes[0]
 
 
@@ -179,7 +211,7 @@ class Call:
 def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
     """The tensors and scalars of a recipe. Memory between the elements of a strided layout holds NaN."""
     spec = registry.spec(recipe["op"])
-    generator = torch.Generator().manual_seed(recipe["seed"])
+    random = Random(recipe["seed"])
     values: dict[str, Any] = {}
     for name, scalar in spec.scalars.items():
         if scalar.star is not None:
@@ -218,9 +250,9 @@ def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
             while shape and shape[0] == 1 and described["ones"][-1]:
                 shape = shape[1:]
         dtype = _DTYPES[described["dtype"]]
-        values[name] = _lay_out(
-            fill(arg, shape, dtype, recipe["kind"], generator, full), described["layout"], generator
-        ).to(device)
+        values[name] = _lay_out(fill(arg, shape, dtype, recipe["kind"], random, full), described["layout"], random).to(
+            device
+        )
     _consistent(spec, values)
     return Call(spec, recipe["overload"], values, full)
 
@@ -236,48 +268,52 @@ def _consistent(spec: OpSpec, values: dict[str, Any]) -> None:
 
 
 def fill(
-    arg: Tensor, shape: tuple[int, ...], dtype: torch.dtype, kind: str, generator: torch.Generator, dims: shapes.Dims
+    arg: Tensor, shape: tuple[int, ...], dtype: torch.dtype, kind: str, random: Random, dims: shapes.Dims
 ) -> torch.Tensor:
     """Values of one argument: its own domain, at the recipe's scale."""
     domain = arg.values
     if domain.make is not None:
-        return domain.make(generator, dims, shape).to(dtype)
+        return domain.make(random, dims, shape).to(dtype)
     if dtype == torch.bool:
-        return torch.rand(shape, generator=generator) < 0.7
+        return random.uniform(shape) < 0.7
     if domain.low is not None and domain.high is not None:
-        base = torch.rand(shape, generator=generator, dtype=torch.float64)
-        return (domain.low + (domain.high - domain.low) * base).to(dtype)
+        return _round(domain.low + (domain.high - domain.low) * random.uniform(shape), dtype)
     if kind == "integers":
-        return torch.randint(-3, 4, shape, generator=generator).to(dtype)
-    base = torch.randn(shape, generator=generator, dtype=torch.float64) * domain.scale
+        return random.integers(-3, 4, shape).to(dtype)
+    base = random.normal(shape) * domain.scale
     half = dtype == torch.float16
     if kind == "large":
         base = base * (16.0 if half else 1e3)
     elif kind == "tiny":
         base = base * (1e-3 if half else 1e-12)
     elif kind == "mixed":
-        spread = 1.5 if half else 4.0
-        base = base * 10.0 ** ((torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * spread)
-    result = base.to(dtype)
+        spread = 5 if half else 13
+        base = base * random.powers(-spread, spread + 1, shape)
+    result = _round(base, dtype)
     if kind == "specials" and result.numel():
         flat = result.reshape(-1)
         for special in (math.nan, math.inf, -math.inf):
-            if torch.rand((), generator=generator) < 0.5:
-                flat[int(torch.randint(0, flat.numel(), (), generator=generator))] = special
+            if random.integer(0, 2):
+                flat[random.integer(0, flat.numel())] = special
     return result
 
 
-def _lay_out(dense: torch.Tensor, layout: str, generator: torch.Generator) -> torch.Tensor:
+def _round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float64 values in `dtype`, to nearest; the narrow ones from float32, so that two roundings are two everywhere."""
+    return values if dtype == torch.float64 else values.float().to(dtype)
+
+
+def _lay_out(dense: torch.Tensor, layout: str, random: Random) -> torch.Tensor:
     """The same values in another memory layout; what lies between them is NaN (or its integer stand-in)."""
     if dense.ndim == 0 or layout == "contiguous":
         return dense
     if layout == "transposed":
-        order = torch.randperm(dense.ndim, generator=generator).tolist()
+        order = random.permutation(dense.ndim)
         return dense.permute(order).contiguous().permute(sorted(range(dense.ndim), key=order.__getitem__))
     if layout == "expanded":
         if dense.numel() == 0:
             return dense
-        axis = int(torch.randint(0, dense.ndim, (), generator=generator))
+        axis = random.integer(0, dense.ndim)
         return dense.narrow(axis, 0, 1).contiguous().expand(dense.shape)
     if layout == "offset":
         buffer = _poisoned((dense.numel() + 3,), dense.dtype)
