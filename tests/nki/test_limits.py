@@ -3,6 +3,9 @@ Neuron kernels do is not refused."""
 
 from __future__ import annotations
 
+import json
+import pathlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,16 +33,23 @@ def hbm(*shape, dtype=nl.float32):
 
 
 def attempt(body, target):
+    """Run `body` as a kernel on a target; "gen3x2" launches two cores."""
+
     def kernel():
         body()
 
+    target, _, cores = target.partition("x")
     with nki_emulator.session(target):
-        nki_emulator.simulate(nki_emulator.jit(kernel))()
+        wrapped = nki_emulator.jit(kernel)
+        nki_emulator.simulate(wrapped[2] if cores else wrapped)()
 
 
 MX = nl.float8_e4m3fn_x4
 DOUBLE = nisa.matmul_perf_mode.double_row
 FP8 = nl.float8_e4m3
+I32 = nl.int32
+HWDGE = nisa.dge_mode.hwdge
+CMD = nisa.reduce_cmd
 
 
 def mm(dst, a, b, **kwargs):
@@ -483,6 +493,556 @@ REFUSED = [
     ("broadcast_dst", "broadcast view", "gen3", lambda: nisa.tensor_copy(dst=sb(4, 1).broadcast(1, 4), src=sb(4, 4))),
     ("fori_step", "positive", "gen3", lambda: nl.fori_loop(0, 4, lambda i: None, step=0)),
 ]
+
+
+# (name, words of the message, target, refused call): the documented limits that the list above leaves
+OTHER_LIMITS = [
+    (
+        "ap_exclusive",
+        "exclusive",
+        "gen3",
+        lambda: hbm(8, 4).ap([[4, 4], [1, 4]], scalar_offset=one(), vector_offset=sb(4, 1, dtype=I32)),
+    ),
+    (
+        "ap_vector_on_chip",
+        "HBM tensors only",
+        "gen3",
+        lambda: sb(8, 4).ap([[4, 4], [1, 4]], vector_offset=sb(4, 1, dtype=I32)),
+    ),
+    ("ap_vector_float", "int32 or uint32", "gen3", lambda: hbm(8, 4).ap([[4, 4], [1, 4]], vector_offset=sb(4, 1))),
+    (
+        "ap_vector_in_hbm",
+        "tile in SBUF",
+        "gen3",
+        lambda: hbm(8, 4).ap([[4, 4], [1, 4]], vector_offset=hbm(4, 1, dtype=I32)),
+    ),
+    (
+        "ap_vector_short",
+        "3 indices for 4 rows",
+        "gen3",
+        lambda: hbm(8, 4).ap([[4, 4], [1, 4]], vector_offset=sb(3, 1, dtype=I32)),
+    ),
+    (
+        "ap_scalar_in_hbm",
+        "1 x 1 tile in SBUF",
+        "gen3",
+        lambda: hbm(8, 4).ap([[4, 4], [1, 4]], scalar_offset=hbm(1, 1, dtype=I32)),
+    ),
+    ("ap_scalar_float", "integer", "gen3", lambda: hbm(8, 4).ap([[4, 4], [1, 4]], scalar_offset=sb(1, 1))),
+    ("ap_scalar_many", "1 x 1", "gen3", lambda: hbm(8, 4).select(0, sb(1, 2, dtype=I32))),
+    ("ap_rank", "at most 5", "gen3", lambda: sb(4, 8).ap([[8, 4]] + [[1, 1]] * 5)),
+    ("ap_partition_stride", "cannot be strided", "gen3", lambda: sb(8, 8).ap([[16, 4], [1, 8]])),
+    ("ap_into_next_partition", "leaves the storage", "gen3", lambda: vec(sb(4, 9), sb(8, 8).ap([[8, 4], [1, 9]]))),
+    (
+        "ap_offset_into_next",
+        "leaves the storage",
+        "gen3",
+        lambda: vec(sb(4, 8), sb(8, 8).ap([[8, 4], [1, 8]], offset=1)),
+    ),
+    ("slice_past_the_end", "not clamped", "gen3", lambda: sb(8, 8)[:, 0:9]),
+    ("index_past_the_end", "index 8", "gen3", lambda: sb(8, 8)[:, 8]),
+    ("slice_partition_step", "cannot be strided", "gen3", lambda: sb(8, 8)[::2]),
+    ("dynamic_partition", "partition dim", "gen3", lambda: sb(8, 8)[nl.ds(nisa.register_alloc(1), 2)]),
+    ("broadcast_partition", "partition dim", "gen3", lambda: sb(1, 8).broadcast(0, 4)),
+    ("permute_partition", "must be 0", "gen3", lambda: sb(8, 8).permute((1, 0))),
+    ("reshape_count", "64 elements", "gen3", lambda: sb(8, 8).reshape((8, 65))),
+    ("reshape_partition", "stays 8", "gen3", lambda: sb(8, 8).reshape((4, 16))),
+    ("view_remainder", "no whole number", "gen3", lambda: sb(4, 3, dtype=BF16).view(nl.float32)),
+    ("indirect_gen3", "gen4", "gen3", lambda: sb(32, 8).indirect(sb(32, 1, dtype=nl.uint16), 8)),
+    ("indirect_start", "multiple of 32", "gen4", lambda: sb(32, 8).indirect(sb(64, 1, dtype=nl.uint16)[16:48], 8)),
+    (
+        "indirect_data2",
+        "cannot be an .indirect",
+        "gen4",
+        lambda: nisa.tensor_tensor(
+            dst=sb(32, 8), data1=sb(32, 8), data2=sb(32, 8).indirect(sb(32, 1, dtype=nl.uint16), 8), op=nl.add
+        ),
+    ),
+    (
+        "indirect_matmul_tile",
+        r"needs \(0, 0\)",
+        "gen4",
+        lambda: mm(
+            ps(8, 8),
+            sb(32, 8),
+            sb(32, 8).indirect(sb(32, 1, dtype=nl.uint16), 8),
+            tile_size=(32, 128),
+            tile_position=(32, 0),
+        ),
+    ),
+    ("loop_tile_escapes", "not visible here", "gen3", lambda: escape()),
+    ("read_only_loop_variable", "read-only", "gen3", lambda: nl.fori_loop(0, 1, lambda i: nisa.register_move(i, 3))),
+    ("while_result", "condition register", "gen3", lambda: nl.while_loop(nisa.register_alloc(1), lambda: None)),
+    (
+        "matmul_position_128",
+        "below 128",
+        "gen3",
+        lambda: mm(ps(4, 4), sb(4, 4), sb(4, 4), tile_size=(64, 64), tile_position=(128, 0)),
+    ),
+    (
+        "matmul_tile_96",
+        "size is",
+        "gen3",
+        lambda: mm(ps(4, 4), sb(4, 4), sb(4, 4), tile_size=(96, 128), tile_position=(0, 0)),
+    ),
+    ("matmul_k", "partition dim", "gen3", lambda: mm(ps(4, 4), sb(129, 4), sb(129, 4))),
+    (
+        "double_row_gen2",
+        "gen3",
+        "gen2",
+        lambda: mm(ps(4, 4), sb(4, 2, 4, dtype=FP8), sb(4, 2, 4, dtype=FP8), perf_mode=DOUBLE),
+    ),
+    (
+        "matmul_e8m0",
+        "dtype float8_e8m0fnu",
+        "gen4",
+        lambda: mm(ps(4, 4), sb(4, 4, dtype=nl.float8_e8m0fnu), sb(4, 4, dtype=nl.float8_e8m0fnu)),
+    ),
+    ("mx_moving", "exceeds 4096", "gen4", lambda: mx_wide(4097, nl.float32)),
+    ("mx_moving_bf16", "exceeds 8192", "gen4", lambda: mx_wide(8193, BF16)),
+    ("mx_dst", "float32 or bfloat16", "gen4", lambda: mx_wide(32, nl.float16)),
+    (
+        "mx_columns",
+        "row tiling only",
+        "gen4",
+        lambda: mx_wide(32, nl.float32, tile_size=(128, 64), tile_position=(0, 0)),
+    ),
+    (
+        "mx_plain_operand",
+        "packed x4",
+        "gen4",
+        lambda: nisa.nc_matmul_mx(
+            dst=ps(32, 32),
+            stationary=sb(32, 32),
+            moving=sb(32, 32),
+            stationary_scale=sb(32, 32, dtype=nl.uint8),
+            moving_scale=sb(32, 32, dtype=nl.uint8),
+        ),
+    ),
+    ("quantize_gen3", "gen4", "gen3", lambda: quantize(32, 4)),
+    ("quantize_partitions", "multiple of 32", "gen4", lambda: quantize(48, 4)),
+    ("quantize_free", "multiple of 4", "gen4", lambda: quantize(32, 6)),
+    ("quantize_mxfp4", "no MXFP4 output", "gen4", lambda: quantize(32, 4, nl.float4_e2m1fn_x4)),
+    (
+        "transpose_pe_from_psum",
+        "must be in SBUF|reads SBUF",
+        "gen3",
+        lambda: nisa.nc_transpose(dst=ps(4, 4), data=ps(4, 4), engine=nisa.engine.tensor),
+    ),
+    (
+        "transpose_pe_to_sbuf",
+        "writes PSUM",
+        "gen3",
+        lambda: nisa.nc_transpose(dst=sb(4, 4), data=sb(4, 4), engine=nisa.engine.tensor),
+    ),
+    ("dma_priority_4", r"0 \(highest\) to 3", "gen4", lambda: nisa.dma_copy(dst=sb(4, 4), src=hbm(4, 4), priority=4)),
+    (
+        "dma_engine_gpsimd",
+        "sync or scalar",
+        "gen3",
+        lambda: nisa.dma_copy(dst=sb(4, 4), src=hbm(4, 4), dge_mode=HWDGE, engine=nisa.engine.gpsimd),
+    ),
+    (
+        "dma_index_columns",
+        r"\(P, 1\)",
+        "gen3",
+        lambda: nisa.dma_copy(dst=sb(4, 4), src=hbm(8, 4).ap([[4, 4], [1, 4]], vector_offset=sb(4, 2, dtype=I32))),
+    ),
+    (
+        "dma_out_of_bounds",
+        "out of bounds",
+        "gen3",
+        lambda: nisa.dma_copy(dst=sb(4, 4), src=hbm(8, 4).ap([[4, 4], [1, 4]], vector_offset=filled(4, 8))),
+    ),
+    ("turn_axes", r"\(1, 0\)", "gen3", lambda: nisa.dma_transpose(dst=sb(8, 4), src=hbm(4, 8), axes=(0, 1))),
+    (
+        "turn_axes_3d",
+        r"\(2, 1, 0\)",
+        "gen3",
+        lambda: nisa.dma_transpose(dst=sb(8, 4, 2), src=hbm(2, 4, 8), axes=(2, 0, 1)),
+    ),
+    ("turn_into_hbm", "must be in SBUF", "gen3", lambda: nisa.dma_transpose(dst=hbm(8, 4), src=hbm(4, 8))),
+    ("turn_psum", "DMA does not reach PSUM", "gen3", lambda: nisa.dma_transpose(dst=sb(8, 4), src=ps(4, 8))),
+    (
+        "turn_swdge",
+        "unknown or hwdge",
+        "gen3",
+        lambda: nisa.dma_transpose(dst=sb(8, 4), src=hbm(4, 8), dge_mode=nisa.dge_mode.swdge),
+    ),
+    (
+        "turn_skip",
+        "indirect src",
+        "gen3",
+        lambda: nisa.dma_transpose(dst=sb(8, 4), src=hbm(4, 8), oob_mode=nisa.oob_mode.skip),
+    ),
+    (
+        "turn_hwdge_4_byte",
+        "2-byte",
+        "gen3",
+        lambda: nisa.dma_transpose(dst=sb(32, 16), src=hbm(16, 32), dge_mode=HWDGE),
+    ),
+    ("turn_hwdge_3d_rows", "1, 2, 4, 8 or 16", "gen3", lambda: turn_hwdge(3, 16, 8)),
+    ("turn_hwdge_3d_product", "multiple of 16", "gen3", lambda: turn_hwdge(2, 4, 8)),
+    ("turn_gather_gen2", "gen3", "gen2", lambda: turn_gather(16, 8)),
+    ("turn_gather_rows", "multiple of 16", "gen3", lambda: turn_gather(8, 8)),
+    ("turn_gather_int32", "uint32", "gen3", lambda: turn_gather(16, 8, dtype=I32)),
+    ("turn_gather_columns", "all 128", "gen3", lambda: turn_gather(32, 8, index=(16, 2))),
+    ("turn_gather_hwdge", "needs swdge", "gen3", lambda: turn_gather(16, 8, dge_mode=HWDGE)),
+    (
+        "predicated_both_psum",
+        "both in PSUM",
+        "gen3",
+        lambda: nisa.tensor_copy_predicated(dst=sb(4, 4), src=ps(4, 4), predicate=ps(4, 4, dtype=nl.uint32)),
+    ),
+    ("cumulative_op1", "legal reduction", "gen3", lambda: cumulative(op1=nl.logical_and)),
+    ("cumulative_idle", "reset_reduce, reduce, load_reduce", "gen3", lambda: cumulative(reduce_cmd=CMD.idle)),
+    ("cumulative_imm1", "load_reduce only", "gen3", lambda: cumulative(imm1=1.0)),
+    (
+        "activation_elements",
+        "elements per partition",
+        "gen3",
+        lambda: nisa.activation(dst=sb(4, 4), op=nl.exp, data=sb(4, 5)),
+    ),
+    (
+        "activation_reciprocal_bias",
+        "no bias on gen2",
+        "gen2",
+        lambda: nisa.activation(dst=sb(4, 4), op=nl.reciprocal, data=sb(4, 4), bias=sb(4, 1)),
+    ),
+    (
+        "activation_load_reduce",
+        "load_reduce is not allowed",
+        "gen3",
+        lambda: nisa.activation(dst=sb(4, 4), op=nl.exp, data=sb(4, 4), reduce_op=nl.add, reduce_cmd=CMD.load_reduce),
+    ),
+    (
+        "activation_bias_tfloat32",
+        "tfloat32 is not taken",
+        "gen3",
+        lambda: nisa.activation(dst=sb(4, 4), op=nl.exp, data=sb(4, 4), bias=sb(4, 1, dtype=nl.tfloat32)),
+    ),
+    (
+        "activation_reduce_max",
+        "legal reduction",
+        "gen3",
+        lambda: nisa.activation_reduce(
+            dst=sb(4, 4), op=nl.exp, data=sb(4, 4), reduce_op=nl.maximum, reduce_res=sb(4, 1)
+        ),
+    ),
+    (
+        "activation_reduce_res_shape",
+        r"is \[4, 1\]",
+        "gen3",
+        lambda: nisa.activation_reduce(dst=sb(4, 4), op=nl.exp, data=sb(4, 4), reduce_op=nl.add, reduce_res=sb(4, 2)),
+    ),
+    (
+        "activation_gpsimd_gen3",
+        "cannot run it",
+        "gen3",
+        lambda: nisa.activation(dst=sb(4, 4), op=nl.exp, data=sb(4, 4), engine=nisa.engine.gpsimd),
+    ),
+    ("activate2_gen3", "gen4", "gen3", lambda: activate2()),
+    (
+        "activate2_reduction",
+        "legal reduction",
+        "gen4",
+        lambda: activate2(reduce_op=nl.multiply, reduce_res=sb(4, 1), reduce_cmd=CMD.reset_reduce),
+    ),
+    (
+        "activate2_imm_dtypes",
+        "two tiles share one",
+        "gen4",
+        lambda: activate2(imm0=sb(4, 1), imm1=sb(4, 1, dtype=BF16)),
+    ),
+    (
+        "gather_range",
+        r"outside \[0, 4\)",
+        "gen3",
+        lambda: nisa.nc_n_gather(dst=sb(4, 4), data=sb(4, 4), indices=filled(4, 4, nl.uint32, 4)),
+    ),
+    ("local_gather_block", "1, 2, 4, 8, 16 or 32", "gen3", lambda: local(num_elem_per_idx=3)),
+    ("local_gather_dtype", "uint16", "gen3", lambda: local(index=sb(16, 2, dtype=nl.uint32))),
+    ("local_gather_4097", "at most 4096", "gen3", lambda: local(dst=sb(16, 4112), index=sb(16, 257, dtype=nl.uint16))),
+    (
+        "scan_op",
+        "two-operand arithmetic",
+        "gen3",
+        lambda: nisa.tensor_tensor_scan(
+            dst=sb(4, 4), data0=sb(4, 4), data1=sb(4, 4), initial=0.0, op0=nl.bitwise_and, op1=nl.add
+        ),
+    ),
+    (
+        "shuffle_entry",
+        r"\[0, 32\) or 255",
+        "gen3",
+        lambda: nisa.nc_stream_shuffle(dst=sb(32, 4), src=sb(32, 4), shuffle_mask=[32] * 32),
+    ),
+    (
+        "shuffle_dtype",
+        "src's dtype",
+        "gen3",
+        lambda: nisa.nc_stream_shuffle(dst=sb(32, 4, dtype=BF16), src=sb(32, 4), shuffle_mask=[0] * 32),
+    ),
+    ("rng_float", "integer tile", "gen3", lambda: nisa.rng(dst=sb(4, 4))),
+    ("rng_gpsimd_psum", "PSUM", "gen3", lambda: nisa.rng(dst=ps(4, 4, dtype=I32), engine=nisa.engine.gpsimd)),
+    ("rng_gpsimd_gen2", "gen3", "gen2", lambda: nisa.rng(dst=sb(4, 4, dtype=I32), engine=nisa.engine.gpsimd)),
+    ("seed_shape", r"\[1, 1\]", "gen3", lambda: nisa.set_rng_seed(sb(1, 2, dtype=I32))),
+    ("state_width", r"\[P, 6\]", "gen3", lambda: nisa.rand_set_state(sb(4, 5, dtype=nl.uint32))),
+    (
+        "state_vector_gen3",
+        "gen4",
+        "gen3",
+        lambda: nisa.rand_get_state(sb(4, 24, dtype=nl.uint32), engine=nisa.engine.vector),
+    ),
+    ("rand2_gen3", "gen4", "gen3", lambda: nisa.rand2(dst=sb(4, 4), min=0.0, max=1.0)),
+    ("rand2_range", "min < max", "gen4", lambda: nisa.rand2(dst=sb(4, 4), min=1.0, max=1.0)),
+    ("dropout_dtype", "data's dtype", "gen3", lambda: nisa.dropout(dst=sb(4, 4, dtype=BF16), data=sb(4, 4), prob=0.5)),
+    ("exponential_gen3", "gen4", "gen3", lambda: nisa.exponential(dst=sb(4, 4), src=sb(4, 4))),
+    ("exponential_rank", "at most 4 dims", "gen4", lambda: nisa.exponential(dst=sb(4, 16), src=sb(4, 2, 2, 2, 2))),
+    (
+        "exponential_init",
+        "must be 0 unless",
+        "gen4",
+        lambda: nisa.exponential(dst=sb(4, 4), src=sb(4, 4), reduce_init=1.0),
+    ),
+    (
+        "exponential_dst",
+        "uint32 is not taken",
+        "gen4",
+        lambda: nisa.exponential(dst=sb(4, 4, dtype=nl.uint32), src=sb(4, 4)),
+    ),
+    ("max8_rank", "at most 3 dims", "gen3", lambda: nisa.max8(dst=sb(4, 8), src=sb(4, 2, 2, 4))),
+    (
+        "bounds_partitions",
+        "partition dim is 1",
+        "gen3",
+        lambda: nisa.sequence_bounds(dst=sb(2, 2, 4), segment_ids=sb(2, 4)),
+    ),
+    (
+        "bounds_dtype",
+        "float32 or int32",
+        "gen3",
+        lambda: nisa.sequence_bounds(dst=sb(1, 2, 4), segment_ids=sb(1, 4, dtype=BF16)),
+    ),
+    (
+        "stt_bits",
+        "two-operand arithmetic",
+        "gen3",
+        lambda: nisa.scalar_tensor_tensor(
+            dst=sb(4, 4), data=sb(4, 4), op0=nl.bitwise_and, operand0=1, op1=nl.add, operand1=sb(4, 4)
+        ),
+    ),
+    (
+        "stt_both_psum",
+        "both in PSUM",
+        "gen3",
+        lambda: nisa.scalar_tensor_tensor(
+            dst=sb(4, 4), data=ps(4, 4), op0=nl.add, operand0=1.0, op1=nl.add, operand1=ps(4, 4)
+        ),
+    ),
+    ("tsr_reverse", "not supported yet", "gen3", lambda: scalar_reduce(reverse0=True)),
+    ("tsr_op", "arithmetic only", "gen3", lambda: scalar_reduce(op0=nl.bitwise_or)),
+    ("tsr_reduction", "legal reduction", "gen3", lambda: scalar_reduce(reduce_op=nl.subtract)),
+    ("tsr_idle", "idle is not allowed", "gen3", lambda: scalar_reduce(reduce_cmd=CMD.idle)),
+    ("barrier_cores", r"must be \(0, 1\)", "gen3x2", lambda: nisa.core_barrier(data=hbm(4, 4), cores=(0,))),
+    ("barrier_private", "shared_hbm", "gen3x2", lambda: nisa.core_barrier(data=sb(4, 4), cores=(0, 1))),
+    ("sendrecv_rank", "0 or 1", "gen3x2", lambda: exchange(send_to_rank=2)),
+    ("sendrecv_dtype", "src's dtype", "gen3x2", lambda: exchange(dst=sb(4, 4, dtype=BF16))),
+    ("sendrecv_psum", "must be in SBUF", "gen3x2", lambda: exchange(src=ps(4, 4))),
+    (
+        "sendrecv_gpsimd_bytes",
+        "1024 bytes",
+        "gen3x2",
+        lambda: exchange(src=sb(4, 257), dst=sb(4, 257), dma_engine=nisa.dma_engine.gpsimd_dma),
+    ),
+    (
+        "dma_compute_op",
+        "nl.add only",
+        "gen3",
+        lambda: nisa.dma_compute(dst=sb(4, 4), srcs=[hbm(4, 4)], reduce_op=nl.maximum),
+    ),
+    ("dma_compute_unique", "must be True", "gen3", lambda: scatter_add(unique_indices=False)),
+    ("dma_compute_two", "exactly 2", "gen3", lambda: scatter_add(extra=True)),
+    ("dma_compute_alias", "aliases dst", "gen3", lambda: scatter_add(alias=False)),
+    (
+        "dma_compute_count",
+        "has 20 elements",
+        "gen3",
+        lambda: nisa.dma_compute(dst=sb(4, 4), srcs=[hbm(4, 5)], reduce_op=nl.add),
+    ),
+    ("range_comparison", "range comparisons", "gen3", lambda: rs(comp_op0=nl.not_equal)),
+    ("range_int", "float tile", "gen3", lambda: rs(on_true_tile=sb(4, 8, dtype=I32))),
+    ("range_number_bound", r"\[P, 1\] tile is wanted", "gen3", lambda: rs(bound1=3.0)),
+    ("select_int32", "int32 is not taken", "gen3", lambda: pick(on_true=sb(4, 4, dtype=I32))),
+    ("select_add", "legal reduction", "gen3", lambda: pick(reduce_op=nl.add)),
+    ("select_both_psum", "both in PSUM", "gen3", lambda: pick(on_true=ps(4, 4), predicate=ps(4, 4, dtype=nl.uint16))),
+    ("register_64_bit", "one element", "gen3", lambda: nisa.register_load(nisa.register_alloc(), sb(1, 2, dtype=I32))),
+    (
+        "register_packed",
+        "at most 32 bits",
+        "gen4",
+        lambda: nisa.register_load(nisa.register_alloc(), sb(1, 1, dtype=MX)),
+    ),
+    ("register_psum", "it is in PSUM", "gen3", lambda: nisa.register_load(nisa.register_alloc(), ps(1, 1, dtype=I32))),
+    ("register_float", "None or an int", "gen3", lambda: nisa.register_alloc(1.5)),
+    (
+        "replace_vals",
+        r"is \[4, 8\]",
+        "gen3",
+        lambda: nisa.nc_match_replace8(dst=sb(4, 8), data=sb(4, 8), vals=sb(4, 7), imm=0.0),
+    ),
+    ("nonzero_gen2", "gen3", "gen2", lambda: nisa.nonzero_with_count(dst=sb(4, 5, dtype=I32), src=sb(4, 4))),
+    ("nonzero_dst", r"is \[4, 5\]", "gen3", lambda: nisa.nonzero_with_count(dst=sb(4, 4, dtype=I32), src=sb(4, 4))),
+    ("topk_partitions", "multiple of 16", "gen3", lambda: top(8)),
+    ("topk_k", "K <= n", "gen3", lambda: top(16, k=17, n=16)),
+    ("topk_source", "per partition", "gen3", lambda: top(16, n=65)),
+    (
+        "topk_dtype",
+        "bfloat16 is wanted",
+        "gen3",
+        lambda: nisa.topk(val_dst=sb(16, 4), idx_dst=sb(16, 4, dtype=nl.uint32), src=sb(16, 4, dtype=BF16), n=16),
+    ),
+    (
+        "partition_reduce_psum",
+        "must be in SBUF",
+        "gen3",
+        lambda: nisa.tensor_partition_reduce(dst=sb(1, 4), op=nl.add, data=ps(4, 4)),
+    ),
+    ("scalar_engine_gen2", "gen3", "gen2", lambda: vec(sb(4, 4), sb(4, 4), engine=nisa.engine.scalar)),
+    (
+        "bits_with_a_float",
+        "take an integer",
+        "gen3",
+        lambda: vec(sb(4, 4, dtype=I32), sb(4, 4, dtype=I32), op0=nl.bitwise_and, operand0=1.0),
+    ),
+    (
+        "reduce_negate_bits",
+        "no negation",
+        "gen3",
+        lambda: nisa.tensor_reduce(
+            dst=sb(4, 1, dtype=I32), op=nl.bitwise_or, data=sb(4, 4, dtype=I32), axis=1, negate=True
+        ),
+    ),
+    ("reciprocal_partitions", "partitions", "gen3", lambda: nisa.reciprocal(dst=sb(4, 4), data=sb(8, 4))),
+    ("nl_sum_axis_0", "trailing free dims", "gen3", lambda: nl.sum(sb(4, 4), axis=0)),
+    ("nl_power_scalar", r"tile \*\* tile", "gen3", lambda: nl.power(sb(4, 4), 2.0)),
+    ("nl_seed_int", r"\[1, 1\] tile", "gen3", lambda: nl.random_seed(3)),
+    ("nl_program_axis", "one axis", "gen3", lambda: nl.program_id(1)),
+]
+
+
+def one():
+    return sb(1, 1, dtype=I32)
+
+
+def filled(partitions, value, dtype=nl.int32, width=1):
+    tile = nl.ndarray((partitions, width), dtype, buffer=nl.sbuf)
+    nisa.memset(dst=tile, value=value)
+    return tile
+
+
+def escape():
+    kept = []
+    nl.fori_loop(0, 1, lambda i: kept.append(sb(4, 4)))
+    vec(sb(4, 4), kept[0])
+
+
+def mx_wide(n, dtype, **tiling):
+    nisa.nc_matmul_mx(
+        dst=ps(32, min(n, 4096 if dtype == nl.float32 else 8192), dtype=dtype),
+        stationary=sb(32, 32, dtype=MX),
+        moving=sb(32, n, dtype=MX),
+        stationary_scale=sb(32, 32, dtype=nl.uint8),
+        moving_scale=sb(32, n, dtype=nl.uint8),
+        **tiling,
+    )
+
+
+def quantize(p, f, dtype=MX):
+    nisa.quantize_mx(dst=sb(p, f // 4, dtype=dtype), src=sb(p, f, dtype=BF16), dst_scale=sb(64, f // 4, dtype=nl.uint8))
+
+
+def turn_hwdge(*shape):
+    nisa.dma_transpose(dst=sb(*reversed(shape), dtype=BF16), src=hbm(*shape, dtype=BF16), dge_mode=HWDGE)
+
+
+def turn_gather(rows, width, dtype=nl.uint32, index=None, **kwargs):
+    table = hbm(64, width, dtype=BF16)
+    indices = sb(*(index or (rows, 1)), dtype=dtype)
+    nisa.dma_transpose(
+        dst=sb(width, rows, dtype=BF16),
+        src=table.ap([[width, rows], [1, width]], vector_offset=indices),
+        **kwargs,
+    )
+
+
+def cumulative(**kwargs):
+    given = {"dst": sb(4, 4), "src": sb(4, 4), "op0": nl.add, "op1": nl.add, "imm0": 0.0}
+    nisa.tensor_scalar_cumulative(**{**given, **kwargs})
+
+
+def activate2(**kwargs):
+    given = {
+        "dst": sb(4, 4), "op": nl.exp, "data": sb(4, 4), "imm0": 1.0, "imm1": 1.0, "op0": nl.multiply, "op1": nl.add,
+    }  # fmt: skip
+    nisa.activate2(**{**given, **kwargs})
+
+
+def local(**kwargs):
+    given = {"dst": sb(16, 32), "src_buffer": sb(16, 6), "index": sb(16, 2, dtype=nl.uint16)}
+    nisa.local_gather(**{**given, **kwargs})
+
+
+def scalar_reduce(**kwargs):
+    given = {"dst": sb(4, 4), "data": sb(4, 4), "op0": nl.add, "operand0": 0.0, "reduce_op": nl.add}
+    nisa.tensor_scalar_reduce(**{**given, **kwargs})
+
+
+def exchange(**kwargs):
+    peer = 1 - nl.program_id(0)
+    given = {"src": sb(4, 4), "dst": sb(4, 4), "send_to_rank": peer, "recv_from_rank": peer, "pipe_id": 0}
+    nisa.sendrecv(**{**given, **kwargs})
+
+
+def scatter_add(alias=True, extra=False, **kwargs):
+    table = hbm(8, 4)
+    there = table.ap([[4, 4], [1, 4]], vector_offset=filled(4, 1))
+    srcs = [there if alias else hbm(4, 4), sb(4, 4)] + ([sb(4, 4)] if extra else [])
+    nisa.dma_compute(dst=there, srcs=srcs, reduce_op=nl.add, **kwargs)
+
+
+def pick(**kwargs):
+    given = {"dst": sb(4, 4), "predicate": sb(4, 4, dtype=nl.uint8), "on_true": sb(4, 4), "on_false": 0.0}
+    nisa.select_reduce(**{**given, **kwargs})
+
+
+def top(partitions, k=4, n=16):
+    nisa.topk(
+        val_dst=sb(partitions, k, dtype=BF16),
+        idx_dst=sb(partitions, k, dtype=nl.uint32),
+        src=sb(partitions, 4, dtype=BF16),
+        n=n,
+    )
+
+
+@pytest.mark.parametrize(("words", "target", "call"), [r[1:] for r in OTHER_LIMITS], ids=[r[0] for r in OTHER_LIMITS])
+def test_other_limit_is_refused(words, target, call):
+    with pytest.raises(NkiValidationError, match=words) as caught:
+        attempt(call, target)
+    assert "[awsdocs-neuron" in str(caught.value)
+
+
+def test_every_instruction_with_a_documented_limit_has_a_refused_call():
+    """api.json's limits against the instructions that the two lists make raise."""
+    raised = set()
+    for _, _, target, call in (*REFUSED, *OTHER_LIMITS):
+        try:
+            attempt(call, target)
+        except NkiValidationError as error:
+            raised.add(str(error).split(":")[0])
+    entries = json.loads((pathlib.Path(nki_emulator.__file__).parent / "api.json").read_text())["functions"]
+    limited = {e["name"].replace("nki.isa", "nisa") for e in entries if e["module"] == "nki.isa" and e["limits"]}
+    assert limited <= raised | {"nisa.register_alloc"}, limited - raised
 
 
 @pytest.mark.parametrize(("words", "target", "call"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])

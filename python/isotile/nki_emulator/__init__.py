@@ -27,6 +27,12 @@ _MODULES = {
 }
 
 
+def __getattr__(name):
+    if name in ("benchmark", "profile", "baremetal", "simulate_kernel"):
+        raise AttributeError(f"nki.{name} was removed from NKI; nki.simulate(kernel) runs a kernel without hardware")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def real_nki():
     """The real `nki` package, or None. PyPI's placeholder of that name has no instructions and does not count."""
     present = sys.modules.get("nki")

@@ -10,7 +10,7 @@ import numpy as np
 from .constants import engine as engines
 from .constants import nc_version, reduce_cmd
 from .dtypes import from_float32
-from .machine import active
+from .machine import NkiIndexError, active
 from .ops import (
     ACTIVATION,
     BINARY,
@@ -1019,7 +1019,7 @@ def nc_n_gather(dst, data, indices, name=None):
     if not core.dry:
         index = indices.array().reshape(indices.shape[0], -1).astype(np.int64)
         if index.max() >= data.free:
-            raise IndexError(f"nisa.nc_n_gather: index {index.max()} outside [0, {data.free})")
+            refuse(me, "indices", f"index {index.max()} outside [0, {data.free})", NkiIndexError)
         scatter(dst, np.take_along_axis(data.array().reshape(data.shape[0], -1), index, axis=1).reshape(dst.shape))
     return handle
 
@@ -1067,7 +1067,7 @@ def local_gather(dst, src_buffer, index, num_elem_per_idx=1, num_valid_indices=N
     for start in range(0, partitions, 16):
         order = which[start : start + 16].T.reshape(-1)[:valid].astype(np.int64)
         if order.size and order.max() >= blocks.shape[1]:
-            raise IndexError(f"nisa.local_gather: index {order.max()} outside [0, {blocks.shape[1]})")
+            refuse(me, "index", f"index {order.max()} outside [0, {blocks.shape[1]})", NkiIndexError)
         result[start : start + 16] = blocks[start : start + 16, order]
     scatter(dst, result.reshape(dst.shape))
     return handle

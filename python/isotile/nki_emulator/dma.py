@@ -7,7 +7,7 @@ import numpy as np
 from .constants import dge_mode, dma_engine, oob_mode
 from .constants import engine as engines
 from .dtypes import from_float32, to_float32
-from .machine import MemoryRegion, NkiValidationError, active
+from .machine import MemoryRegion, NkiIndexError, NkiValidationError, active
 from .ops import op_name
 from .rules import PSUM, generation, is_tensor, refuse, tile
 from .tensor import NkiTensor, VirtualRegister
@@ -44,6 +44,12 @@ def _modes(me, dge, oob, priority, engine=engines.unknown):
         generation(me, 4, "priority")
         if priority not in (0, 1, 2, 3):
             refuse(me, "priority", f"0 (highest) to 3, given {priority}")
+
+
+def _one_index_column(me, **tensors):
+    for operand, tensor in tensors.items():
+        if tensor._vector is not None and tensor._vector[0].free != 1:
+            refuse(me, operand, f"vector_offset is a (P, 1) tile in SBUF, given {tensor._vector[0].shape}")
 
 
 def _same_bits(a, b):
@@ -92,6 +98,7 @@ def dma_copy(
         refuse(me, "dst", f"has {dst.size} elements {dst.shape}, `src` has {src.size} {src.shape}")
     mode = dge_mode.name
     vector = dst._vector is not None or src._vector is not None
+    _one_index_column(me, dst=dst, src=src)
     if vector and mode in ("hwdge", "none"):
         refuse(me, "dge_mode", f"vector_offset needs swdge, given {mode}")
     if dst.dtype != src.dtype:
@@ -146,9 +153,8 @@ def dma_copy(
 
 
 def _out_of_bounds(me, operand, valid):
-    raise IndexError(
-        f"nisa.{me}: operand `{operand}`: {int((~valid).sum())} of {valid.size} indices are out of bounds "
-        "(oob_mode.error)"
+    refuse(
+        me, operand, f"{int((~valid).sum())} of {valid.size} indices are out of bounds (oob_mode.error)", NkiIndexError
     )
 
 
@@ -187,6 +193,17 @@ def dma_transpose(dst, src, axes=None, priority=None, dge_mode=dge_mode.unknown,
                 "src",
                 f"gathering takes 2-byte rows of at most 128 and a multiple of 16 of them, given "
                 f"{src.dtype} {src.shape}",
+            )
+        if src.ndim == 4 and 1 not in src.shape[1:3]:
+            refuse(me, "src", f"a 4-D gather has size 1 in dim 1 or 2, given {src.shape}")
+        index = src._vector[0]
+        if index.ndim != 2 or index.dtype.name != "uint32":
+            refuse(me, "src", f"the indices are 2-D uint32, given {index.dtype} {index.shape}")
+        if index.shape[0] % 16 or (index.free > 1 and index.shape[0] != 128):
+            refuse(
+                me,
+                "src",
+                f"the indices fill a multiple of 16 partitions, all 128 with several columns, given {index.shape}",
             )
     else:
         if mode not in ("unknown", "hwdge"):
@@ -246,6 +263,7 @@ def dma_compute(dst, srcs, reduce_op, scales=None, unique_indices=True, oob_mode
     if scales is not None and any(float(s) != 1.0 for s in scales):
         refuse(me, "scales", f"None or all 1.0, given {scales}")
     vector = dst._vector is not None or any(s._vector is not None for s in srcs)
+    _one_index_column(me, dst=dst, **{f"srcs[{i}]": s for i, s in enumerate(srcs)})
     if vector:
         if not unique_indices:
             refuse(me, "unique_indices", "must be True with vector_offset")

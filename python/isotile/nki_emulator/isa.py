@@ -13,6 +13,13 @@ from .tensor import VirtualRegister
 vector_engine, scalar_engine, gpsimd_engine = engine.vector, engine.scalar, engine.gpsimd
 tensor_engine, unknown_engine, sync_engine = engine.tensor, engine.unknown, engine.sync
 
+
+def __getattr__(name):
+    if name in ("tensor_copy_dynamic_src", "tensor_copy_dynamic_dst"):
+        raise AttributeError(f"nisa.{name} was removed from NKI: use nisa.tensor_copy on a view with a run-time index")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     *compute.__all__,
     *dma.__all__,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import functools
 import inspect
+import math
 import os
 import sys
 import threading
@@ -219,6 +221,26 @@ def _cores(grid):
     return int(configured)
 
 
+_names_lock = threading.Lock()
+_names_users = 0
+
+
+@contextlib.contextmanager
+def _parser_names():
+    """The parser front end gives kernels `math` without an import; older kernels rely on it."""
+    global _names_users
+    with _names_lock:
+        _names_users += 1
+        vars(builtins).setdefault("math", math)
+    try:
+        yield
+    finally:
+        with _names_lock:
+            _names_users -= 1
+            if not _names_users and vars(builtins).get("math") is math:
+                del vars(builtins)["math"]
+
+
 def run(function, grid, args, kwargs):
     """Run a kernel function on fresh cores and return its outputs as arrays."""
     if os.environ.get("NKI_PRECISE_FP", "1") != "1":
@@ -259,14 +281,15 @@ def run(function, grid, args, kwargs):
         finally:
             activate(None)
 
-    if count == 1:
-        work(0)
-    else:
-        threads = [threading.Thread(target=work, args=(i,), name=f"nki-core-{i}") for i in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with _parser_names():
+        if count == 1:
+            work(0)
+        else:
+            threads = [threading.Thread(target=work, args=(i,), name=f"nki-core-{i}") for i in range(count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
     for error in sorted((e for e in errors if e is not None), key=lambda e: isinstance(e, PeerFailed)):
         raise error
     for core in cores:

@@ -36,7 +36,7 @@ from .dtypes import (
     uint16,
     uint32,
 )
-from .machine import BANK_BYTES, PMAX, PSUM_BANKS, MemoryRegion, NkiValidationError, active, refuse
+from .machine import BANK_BYTES, PMAX, PSUM_BANKS, MemoryRegion, active, refuse
 from .ops import TOKENS
 from .tensor import NKIObject, NkiTensor, VirtualRegister, ds
 
@@ -113,6 +113,20 @@ def ndarray(shape, dtype, buffer=sbuf, name="", address=None):
     return _tensor.allocate(shape, dtype, buffer, name)
 
 
+_REMOVED = {
+    "arange": "index with slices or nl.ds",
+    "mgrid": "index with slices, or use access patterns (.ap)",
+    "par_dim": "dim 0 of an on-chip tensor is the partition dim",
+    "nc": "launch two cores as kernel[2]",
+}
+
+
+def __getattr__(name):
+    if name in _REMOVED:
+        raise AttributeError(f"nl.{name} was removed from NKI: {_REMOVED[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def full(shape, fill_value, dtype, buffer=sbuf, name=""):
     result = ndarray(shape, dtype, buffer, name)
     value = int(fill_value) if result.dtype.is_integer and float(fill_value).is_integer() else fill_value
@@ -175,6 +189,7 @@ def shared_identity_matrix(n, dtype=uint8, dst=None):
     if result is None or dst is not None:
         if result is None:
             result = ndarray((n, n), dtype, sbuf, f"identity_{dtype}")
+            result.storage.scope = 0  # shared by the whole kernel, wherever it was first asked for
             core.identities[(n, dtype)] = result
         compute.memset(result, 0)
         one = ndarray((n, n), dtype, sbuf)
@@ -202,7 +217,8 @@ def dynamic_range(start, stop=None, step=1):
     if stop is None:
         start, stop = 0, start
     for i in range(_bound(start), _bound(stop), _bound(step)):
-        yield VirtualRegister(i, frozen=True)
+        with active().iteration():
+            yield VirtualRegister(i, frozen=True)
 
 
 def _loop_allowed(name):
@@ -215,14 +231,16 @@ def fori_loop(lower, upper, body_fun, step=1):
     if isinstance(step, VirtualRegister) or not isinstance(step, (int, np.integer)) or step < 1:
         refuse("nl.fori_loop", "step", f"a positive compile-time int is wanted, given {step!r}")
     for i in range(_bound(lower), _bound(upper), int(step)):
-        body_fun(VirtualRegister(i, frozen=True))
+        with active().iteration():
+            body_fun(VirtualRegister(i, frozen=True))
 
 
 def while_loop(init, body_fun):
     _loop_allowed("while_loop")
     condition = init
     while _bound(condition) != 0:
-        condition = body_fun()
+        with active().iteration():
+            condition = body_fun()
         if not isinstance(condition, (VirtualRegister, int, np.integer)):
             refuse("nl.while_loop", "body_fun", f"returns the next condition register, given {condition!r}")
 
@@ -266,7 +284,7 @@ def device_print(print_prefix, tensor):
 
 def _as_tile(x):
     if not isinstance(x, NkiTensor):
-        raise NkiValidationError(f"nl: a tile is wanted, given {x!r}")
+        refuse("nl.ndarray", None, f"a tile is wanted, given {x!r}")
     return x
 
 
@@ -293,7 +311,7 @@ def _binary(name):
     def function(x, y, dtype=None):
         tiles = [t for t in (x, y) if isinstance(t, NkiTensor)]
         if not tiles:
-            raise NkiValidationError(f"nl.{name}: at least one tile is wanted")
+            refuse(f"nl.{name}", "x", "at least one tile is wanted")
         result_dtype = as_dtype(dtype) if dtype is not None else tiles[0].dtype
         if len(tiles) == 2:
             shape = np.broadcast_shapes(x.shape, y.shape)
@@ -302,7 +320,7 @@ def _binary(name):
             compute.tensor_tensor(result, x, y, token)
             return result
         if name == "power":
-            raise NkiValidationError("nl.power: hardware takes tile ** tile only")
+            refuse("nl.power", "y", "hardware takes tile ** tile only")
         tile, other, reverse = (x, y, False) if isinstance(x, NkiTensor) else (y, x, True)
         result = _new(tile.shape, result_dtype)
         compute.tensor_scalar(result, tile, token, int(other) if bitvec else other, reverse0=reverse)

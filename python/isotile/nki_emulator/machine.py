@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import threading
@@ -16,10 +17,15 @@ PMAX = 128
 BANK_BYTES = 2048
 PSUM_BANKS = 8
 PAGES = "awsdocs-neuron.readthedocs-hosted.com/en/v2.32.0/nki/api/generated/"
+TENSOR_PAGE = "awsdocs-neuron.readthedocs-hosted.com/en/v2.32.0/nki/api/, class NkiTensor"
 
 
 class NkiValidationError(Exception):
     """What the compiler or the hardware would refuse: instruction, operand, limit, and the page that states it."""
+
+
+class NkiIndexError(NkiValidationError, IndexError):
+    """An index, slice or access pattern outside its tensor."""
 
 
 class MemoryRegion(enum.Enum):
@@ -67,14 +73,14 @@ def target_generation(target: str | None = None) -> int:
     return TARGETS[name]
 
 
-def refuse(instruction: str, operand: str | None, message: str) -> NoReturn:
-    where = f"nisa.{instruction}" if "." not in instruction else instruction
-    page = (
-        PAGES
-        + ("nki.isa." + instruction if "." not in instruction else instruction.replace("nl.", "nki.language."))
-        + ".html"
-    )
-    raise NkiValidationError(f"{where}: {f'operand `{operand}`: ' if operand else ''}{message} [{page}]")
+def refuse(instruction: str, operand: str | None, message: str, kind=NkiValidationError) -> NoReturn:
+    """Raise for an instruction (`tensor_copy`), an `nl` function (`nl.ndarray`) or a view (`NkiTensor.slice`)."""
+    where = instruction if "." in instruction else f"nisa.{instruction}"
+    if where.startswith("NkiTensor"):
+        page = TENSOR_PAGE
+    else:
+        page = PAGES + where.replace("nisa.", "nki.isa.", 1).replace("nl.", "nki.language.", 1) + ".html"
+    raise kind(f"{where}: {f'operand `{operand}`: ' if operand else ''}{message} [{page}]")
 
 
 @dataclass
@@ -103,13 +109,13 @@ class NkiInstruction:
 class Storage:
     """Bytes of one allocation. On chip: `partitions` rows of `row_bytes`; in HBM: one row of everything."""
 
-    __slots__ = ("__weakref__", "alias", "buffer", "data", "id", "name", "partitions", "psum_state", "row_bytes")
+    __slots__ = ("__weakref__", "buffer", "data", "id", "name", "partitions", "psum_state", "row_bytes", "scope")
 
     def __init__(self, ident, buffer, partitions, row_bytes, name, data):
         self.id, self.buffer, self.partitions, self.row_bytes, self.name = ident, buffer, partitions, row_bytes, name
         self.data = data
         self.psum_state = None
-        self.alias = None
+        self.scope = 0  # the dynamic loop iteration that made it; 0 is the kernel's own body
 
     @property
     def nbytes(self):
@@ -246,6 +252,8 @@ class Core:
         self.xorwow: dict[str, np.ndarray] = {}
         self.no_reorder = 0
         self.count = 0
+        self.scopes = [0]  # iterations of dynamic loops that are running, innermost last
+        self.scope_count = 0
 
     def allocate(self, buffer, partitions, row_bytes, name, dtype: DType, data=None) -> Storage:
         if buffer is MemoryRegion.shared_hbm and data is None and self.pair.size > 1:
@@ -263,6 +271,7 @@ class Core:
             storage.psum_state = np.zeros(storage.nbytes, np.uint8)
         if buffer.on_chip:
             self.report.allocations[ident] = [buffer, partitions, row_bytes, name, None, None]
+            storage.scope = self.scopes[-1]
         return storage
 
     def _shared(self, partitions, row_bytes, name, dtype):
@@ -282,6 +291,16 @@ class Core:
                 )
             return found
 
+    @contextlib.contextmanager
+    def iteration(self):
+        """One iteration of a dynamic loop: tiles made inside are gone afterwards."""
+        self.scope_count += 1
+        self.scopes.append(self.scope_count)
+        try:
+            yield
+        finally:
+            self.scopes.pop()
+
     def emit(self, name, engine, n, reads=(), writes=(), /, **info):
         """Record an instruction and keep the PSUM state and live ranges."""
         index = self.count
@@ -292,6 +311,10 @@ class Core:
         for tensors, areas in ((reads, read_areas), (writes, write_areas)):
             for tensor in tensors:
                 storage = tensor.storage
+                if storage.scope and storage.scope not in self.scopes:
+                    refuse(
+                        name, None, f"{tensor!r} was made inside a fori_loop or while_loop body and is not visible here"
+                    )
                 seen = allocations.get(storage.id)
                 if seen is not None:
                     if seen[4] is None:

@@ -159,7 +159,7 @@ def nc_matmul(
     if core.dry:
         return handle
     rows = k * (2 if double else 1)
-    left, right = stationary.array().reshape(rows, m), moving.array().reshape(rows, n)
+    left, right = stationary.array(32).reshape(rows, m), moving.array(32).reshape(rows, n)
     left32, right32 = to_float32(left, a), to_float32(right, b)
     if is_transpose and core.generation >= 3:
         pick = _one_hot(right32)

@@ -7,7 +7,7 @@ import numpy as np
 from .constants import engine as engines
 from .constants import reduce_cmd as commands
 from .dtypes import FLOAT8, as_dtype, from_float32, to_float32
-from .machine import PMAX, MemoryRegion, active, refuse
+from .machine import PMAX, MemoryRegion, NkiIndexError, active, refuse
 from .ops import COMPARISONS, IDENTITY, REDUCE_ALIASES, op_name
 from .tensor import NkiTensor, VirtualRegister
 
@@ -171,7 +171,7 @@ def scatter(tensor, typed):
     if tensor._vector is not None:
         (table, index), valid = tensor.vector_rows()
         if not valid.all():
-            raise IndexError(f"{tensor!r}: {int((~valid).sum())} of {valid.size} indices are out of bounds")
+            raise NkiIndexError(f"{tensor!r}: {int((~valid).sum())} of {valid.size} indices are out of bounds")
         table[index] = typed
     elif tensor._gather is not None:
         flat, index = tensor.gather_index()

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import machine
 from .dtypes import as_dtype, poison
-from .machine import PMAX, MemoryRegion, NkiValidationError
+from .machine import PAGES, PMAX, TENSOR_PAGE, MemoryRegion, NkiIndexError, NkiValidationError, refuse
 
 MAX_RANK = 5
 
@@ -92,12 +92,12 @@ class VirtualRegister(NKIObject):
 
     def _read(self) -> int:
         if not self._written:
-            raise NkiValidationError("register read before register_move or register_load wrote it")
+            refuse("register_move", "src", "the register is read before register_move or register_load wrote it")
         return self._value
 
     def _write(self, value):
         if self._frozen:
-            raise NkiValidationError("the loop variable is read-only")
+            refuse("nl.fori_loop", "body_fun", "the loop variable is read-only")
         self._value, self._written = _wrap(value), True
 
     def _binary(self, other, f):
@@ -132,6 +132,18 @@ class VirtualRegister(NKIObject):
 
     def __repr__(self):
         return "VirtualRegister()"
+
+
+def _illegal(message):
+    return NkiValidationError(f"{message} [{TENSOR_PAGE}]")
+
+
+def _outside(message):
+    return NkiIndexError(f"{message} [{TENSOR_PAGE}]")
+
+
+def _unplaced(message):
+    return NkiValidationError(f"{message} [{PAGES}nki.language.ndarray.html]")
 
 
 def _wrap(value):
@@ -248,7 +260,7 @@ class NkiTensor(NKIObject):
         for source, stride, limit in self._scalars:
             value = _dynamic_value(source)
             if limit is not None and not 0 <= value <= limit:
-                raise IndexError(f"{self!r}: run-time index {value} is outside [0, {limit}]")
+                raise _outside(f"{self!r}: run-time index {value} is outside [0, {limit}]")
             base += value * stride
         return base
 
@@ -257,22 +269,26 @@ class NkiTensor(NKIObject):
         try:
             if base < 0:
                 raise ValueError
+            if self.on_chip:  # a lane sees its own partition only: the free part must not run into the next one
+                last = sum((n - 1) * s for n, s in zip(self.shape[1:], self.strides[1:], strict=True))
+                if base % self.row + last >= self.row:
+                    raise ValueError
             return np.ndarray(self.shape, dtype, buffer, base * self.dtype.itemsize, [s * scale for s in self.strides])
         except (ValueError, TypeError):
-            raise IndexError(
+            raise _outside(
                 f"{self!r}: the access pattern {self.get_pattern()} at offset {base} leaves the storage of "
-                f"{self.storage.nbytes // self.dtype.itemsize} elements"
+                f"{self.storage.partitions} x {self.row} elements"
             ) from None
 
-    def array(self) -> np.ndarray:
-        """The live NumPy view (a copy only for indirect views)."""
+    def array(self, group=16) -> np.ndarray:
+        """The live NumPy view (a copy only for indirect views; `group` partitions share an .indirect() index)."""
         if self._vector is not None:
             rows, valid = self.vector_rows()
             if not valid.all():
-                raise IndexError(f"{self!r}: {int((~valid).sum())} of {valid.size} indices are out of bounds")
+                raise _outside(f"{self!r}: {int((~valid).sum())} of {valid.size} indices are out of bounds")
             return rows[0][rows[1]]
         if self._gather is not None:
-            flat, index = self.gather_index()
+            flat, index = self.gather_index(group)
             return np.take_along_axis(flat, index, axis=1).reshape(self.shape)
         return self._numpy(self.storage.data, self.dtype.dtype, self.dtype.itemsize)
 
@@ -282,7 +298,7 @@ class NkiTensor(NKIObject):
     def vector_rows(self):
         """((table, index), valid): table[index] is the gathered array; invalid indices are replaced by 0."""
         index_tile, stride = self._vector
-        index = index_tile.array().reshape(-1).astype(np.int64)[: self.shape[0]]
+        index = index_tile.array().reshape(index_tile.shape[0], -1).T.reshape(-1).astype(np.int64)[: self.shape[0]]
         base = self._base()
         total = self.storage.nbytes // self.dtype.itemsize
         inner = sum((n - 1) * s for n, s in zip(self.shape[1:], self.strides[1:], strict=True))
@@ -298,10 +314,11 @@ class NkiTensor(NKIObject):
         )
         return (table, np.where(valid, index, 0)), valid
 
-    def gather_index(self):
+    def gather_index(self, group=16):
+        """(elements, their indices) of each partition: offset i comes from index[i % group, i // group], group 16 for
+        Vector, Scalar and GpSimd, 32 for the Tensor engine."""
         index_tile, count = self._gather
         index = index_tile.array()
-        group = 16
         flat = self._numpy_source().reshape(self.storage.partitions, -1)
         start = self.start_partition
         rows = []
@@ -311,7 +328,7 @@ class NkiTensor(NKIObject):
         picked = np.stack(rows).astype(np.int64)
         flat = flat[start : start + self.shape[0]]
         if picked.size and (picked.min() < 0 or picked.max() >= flat.shape[1]):
-            raise IndexError(f"{self!r}: indirect index outside [0, {flat.shape[1]})")
+            raise _outside(f"{self!r}: indirect index outside [0, {flat.shape[1]})")
         return flat, picked
 
     def _numpy_source(self):
@@ -337,9 +354,7 @@ class NkiTensor(NKIObject):
     def _view(self, shape, strides, offset=None, dtype=None, scalars=None, vector=None):
         shape = tuple(shape)
         if self.on_chip and len(shape) > MAX_RANK:
-            raise NkiValidationError(
-                f"{self!r}: a view of rank {len(shape)}; on-chip views have at most {MAX_RANK} dims"
-            )
+            raise _illegal(f"{self!r}: a view of rank {len(shape)}; on-chip views have at most {MAX_RANK} dims")
         return NkiTensor(
             shape,
             dtype or self.dtype,
@@ -356,21 +371,21 @@ class NkiTensor(NKIObject):
     def _dim(self, dim, what, *, free=False):
         dim = operator.index(dim)
         if not -self.ndim <= dim < self.ndim:
-            raise IndexError(f"{what}: dim {dim} of a rank-{self.ndim} tensor")
+            raise _outside(f"{what}: dim {dim} of a rank-{self.ndim} tensor")
         dim %= self.ndim
         if free and self.on_chip and dim == 0:
-            raise NkiValidationError(f"NkiTensor.{what}: dim 0 is the partition dim of an on-chip tensor")
+            raise _illegal(f"NkiTensor.{what}: dim 0 is the partition dim of an on-chip tensor")
         return dim
 
     def __getitem__(self, key):
         key = key if isinstance(key, tuple) else (key,)
         if sum(k is Ellipsis for k in key) > 1:
-            raise IndexError("more than one Ellipsis in an index")
+            raise _outside("more than one Ellipsis in an index")
         if any(k is Ellipsis for k in key):
             at = next(i for i, k in enumerate(key) if k is Ellipsis)
             key = key[:at] + (slice(None),) * (self.ndim - len(key) + 1) + key[at + 1 :]
         if len(key) > self.ndim:
-            raise IndexError(f"{len(key)} indices for {self!r}")
+            raise _outside(f"{len(key)} indices for {self!r}")
         key = key + (slice(None),) * (self.ndim - len(key))
         shape, strides, offset, scalars, vector = [], [], self.offset, list(self._scalars), self._vector
         dropped = []
@@ -385,14 +400,15 @@ class NkiTensor(NKIObject):
                 self._slice_check(dim, start, stop, step)
                 count = -(-(stop - start) // step)
                 if dim == 0 and vector is not None and start:
-                    raise NkiValidationError(f"{self!r}: the indexed dim of an indirect view cannot be sliced")
+                    raise _illegal(f"{self!r}: the indexed dim of an indirect view cannot be sliced")
                 offset += start * stride
                 shape.append(count)
                 strides.append(stride * step)
             elif isinstance(item, ds):
                 if _is_dynamic(item.start):
+                    _check_scalar_index("nl.ds", item.start)
                     if self.on_chip and dim == 0:
-                        raise NkiValidationError(f"{self!r}: a run-time index on the partition dim")
+                        raise _illegal(f"{self!r}: a run-time index on the partition dim")
                     scalars.append((item.start, stride, size - item.size))
                 else:
                     start = operator.index(item.start)
@@ -401,8 +417,9 @@ class NkiTensor(NKIObject):
                 shape.append(item.size)
                 strides.append(stride)
             elif _is_dynamic(item):
+                _check_scalar_index("index", item)
                 if self.on_chip and dim == 0:
-                    raise NkiValidationError(f"{self!r}: a run-time index on the partition dim")
+                    raise _illegal(f"{self!r}: a run-time index on the partition dim")
                 scalars.append((item, stride, size - 1))
                 dropped.append((len(shape), stride))
                 shape.append(1)
@@ -412,7 +429,7 @@ class NkiTensor(NKIObject):
             else:
                 index = operator.index(item)
                 if not -size <= index < size:
-                    raise IndexError(f"index {index} of dim {dim} with size {size} of {self!r}")
+                    raise _outside(f"index {index} of dim {dim} with size {size} of {self!r}")
                 offset += (index % size) * stride
                 dropped.append((len(shape), stride))
                 shape.append(1)
@@ -430,13 +447,13 @@ class NkiTensor(NKIObject):
     def _slice_check(self, dim, start, stop, step):
         size = self.shape[dim]
         if step < 1:
-            raise NkiValidationError(f"{self!r}: slice step {step} on dim {dim}; steps are at least 1")
+            raise _illegal(f"{self!r}: slice step {step} on dim {dim}; steps are at least 1")
         if not 0 <= start < stop <= size:
-            raise IndexError(
+            raise _outside(
                 f"{self!r}: slice [{start}:{stop}] of dim {dim} with size {size}; slices are not clamped and not empty"
             )
         if step > 1 and dim == 0 and self.on_chip:
-            raise NkiValidationError(f"{self!r}: partitions cannot be strided (step {step} on dim 0)")
+            raise _illegal(f"{self!r}: partitions cannot be strided (step {step} on dim 0)")
 
     def __setitem__(self, key, value):
         raise TypeError("NkiTensor does not take assignments: write with a nisa instruction whose dst is the view")
@@ -451,14 +468,14 @@ class NkiTensor(NKIObject):
 
     def select(self, dim, index):
         dim = self._dim(dim, "select")
-        if isinstance(index, NkiTensor) and index.size != 1:
-            raise NkiValidationError(f"NkiTensor.select: a run-time index is one element, given shape {index.shape}")
         return self[(slice(None),) * dim + (index,)]
 
     def vector_select(self, dim, vector_offset):
         if self.on_chip or operator.index(dim) != 0:
-            raise NkiValidationError("NkiTensor.vector_select: HBM tensors and dim 0 only")
+            raise _illegal("NkiTensor.vector_select: HBM tensors and dim 0 only")
         _check_index_tile(vector_offset)
+        if vector_offset.free != 1:
+            raise _illegal(f"NkiTensor.vector_select: the index is a (P, 1) tile in SBUF, given {vector_offset!r}")
         return NkiTensor(
             (vector_offset.shape[0], *self.shape[1:]),
             self.dtype,
@@ -474,18 +491,16 @@ class NkiTensor(NKIObject):
     def permute(self, dims):
         dims = tuple(self._dim(d, "permute") for d in dims)
         if sorted(dims) != list(range(self.ndim)):
-            raise NkiValidationError(f"NkiTensor.permute: {dims} is not a permutation of {self.ndim} dims")
+            raise _illegal(f"NkiTensor.permute: {dims} is not a permutation of {self.ndim} dims")
         if self.on_chip and dims[0] != 0:
-            raise NkiValidationError(f"NkiTensor.permute: dims[0] must be 0 on chip, given {dims}")
+            raise _illegal(f"NkiTensor.permute: dims[0] must be 0 on chip, given {dims}")
         return self._view([self.shape[d] for d in dims], [self.strides[d] for d in dims])
 
     def broadcast(self, dim, size):
         on_hbm_partition = not self.on_chip
         dim = self._dim(dim, "broadcast", free=not on_hbm_partition)
         if self.shape[dim] != 1:
-            raise NkiValidationError(
-                f"NkiTensor.broadcast: dim {dim} has size {self.shape[dim]}, only size 1 broadcasts"
-            )
+            raise _illegal(f"NkiTensor.broadcast: dim {dim} has size {self.shape[dim]}, only size 1 broadcasts")
         shape, strides = list(self.shape), list(self.strides)
         shape[dim], strides[dim] = operator.index(size), 0
         return self._view(shape, strides)
@@ -494,7 +509,7 @@ class NkiTensor(NKIObject):
         dim = operator.index(dim)
         dim = dim + self.ndim + 1 if dim < 0 else dim
         if not 0 <= dim <= self.ndim or (self.on_chip and dim == 0):
-            raise NkiValidationError(f"NkiTensor.expand_dim: dim {dim} of {self!r}")
+            raise _illegal(f"NkiTensor.expand_dim: dim {dim} of {self!r}")
         shape, strides = list(self.shape), list(self.strides)
         stride = shape[dim] * strides[dim] if dim < self.ndim else 1
         shape.insert(dim, 1)
@@ -504,25 +519,23 @@ class NkiTensor(NKIObject):
     def squeeze_dim(self, dim):
         dim = self._dim(dim, "squeeze_dim", free=True)
         if self.shape[dim] != 1:
-            raise NkiValidationError(f"NkiTensor.squeeze_dim: dim {dim} has size {self.shape[dim]}, not 1")
+            raise _illegal(f"NkiTensor.squeeze_dim: dim {dim} has size {self.shape[dim]}, not 1")
         if self.on_chip and self.ndim == 2:
-            raise NkiValidationError("NkiTensor.squeeze_dim: on-chip tensors keep at least 2 dims")
+            raise _illegal("NkiTensor.squeeze_dim: on-chip tensors keep at least 2 dims")
         return self._view(self.shape[:dim] + self.shape[dim + 1 :], self.strides[:dim] + self.strides[dim + 1 :])
 
     def reshape_dim(self, dim, shape):
         dim = self._dim(dim, "reshape_dim", free=True)
         parts = [operator.index(s) for s in shape]
         if parts.count(-1) > 1:
-            raise NkiValidationError("NkiTensor.reshape_dim: at most one -1")
+            raise _illegal("NkiTensor.reshape_dim: at most one -1")
         if -1 in parts:
             known = -math.prod(parts)
             if not known or self.shape[dim] % known:
-                raise NkiValidationError(
-                    f"NkiTensor.reshape_dim: {self.shape[dim]} does not divide into {tuple(shape)}"
-                )
+                raise _illegal(f"NkiTensor.reshape_dim: {self.shape[dim]} does not divide into {tuple(shape)}")
             parts[parts.index(-1)] = self.shape[dim] // known
         if math.prod(parts) != self.shape[dim]:
-            raise NkiValidationError(f"NkiTensor.reshape_dim: dim {dim} of size {self.shape[dim]} into {tuple(parts)}")
+            raise _illegal(f"NkiTensor.reshape_dim: dim {dim} of size {self.shape[dim]} into {tuple(parts)}")
         strides = [s * self.strides[dim] for s in _row_major(parts)]
         return self._view(
             self.shape[:dim] + tuple(parts) + self.shape[dim + 1 :],
@@ -532,10 +545,10 @@ class NkiTensor(NKIObject):
     def flatten_dims(self, start_dim, end_dim):
         start, end = self._dim(start_dim, "flatten_dims", free=True), self._dim(end_dim, "flatten_dims")
         if start > end:
-            raise NkiValidationError(f"NkiTensor.flatten_dims: range {start}..{end}")
+            raise _illegal(f"NkiTensor.flatten_dims: range {start}..{end}")
         merged = _merge(self.shape[start : end + 1], self.strides[start : end + 1])
         if merged is None:
-            raise NkiValidationError(f"NkiTensor.flatten_dims: dims {start}..{end} of {self!r} are not contiguous")
+            raise _illegal(f"NkiTensor.flatten_dims: dims {start}..{end} of {self!r} are not contiguous")
         return self._view(
             (*self.shape[:start], merged[0], *self.shape[end + 1 :]),
             (*self.strides[:start], merged[1], *self.strides[end + 1 :]),
@@ -547,22 +560,22 @@ class NkiTensor(NKIObject):
             known = -math.prod(shape)
             shape[shape.index(-1)] = self.size // known if known else 0
         if math.prod(shape) != self.size:
-            raise NkiValidationError(
+            raise _illegal(
                 f"NkiTensor.reshape: {self.shape} has {self.size} elements, {tuple(shape)} has {math.prod(shape)}"
             )
         if self.on_chip:
             if not shape or shape[0] != self.shape[0]:
-                raise NkiValidationError(
+                raise _illegal(
                     f"NkiTensor.reshape: shape[0] is the partition dim and stays {self.shape[0]}, given {tuple(shape)}"
                 )
             if len(shape) < 2:
-                raise NkiValidationError("NkiTensor.reshape: on-chip tensors keep at least 2 dims")
+                raise _illegal("NkiTensor.reshape: on-chip tensors keep at least 2 dims")
             strides = _reshape_strides(self.shape[1:], self.strides[1:], shape[1:])
             strides = None if strides is None else (self.strides[0], *strides)
         else:
             strides = _reshape_strides(self.shape, self.strides, shape)
         if strides is None:
-            raise NkiValidationError(
+            raise _illegal(
                 f"NkiTensor.reshape: {self.shape} with strides {self.strides} cannot be viewed as "
                 f"{tuple(shape)} without a copy"
             )
@@ -572,7 +585,7 @@ class NkiTensor(NKIObject):
         """einops-like: patterns are tuples of names, a nested tuple is a group."""
         sizes = dict(fixed_sizes or {})
         if len(src_pattern) != self.ndim:
-            raise NkiValidationError(f"NkiTensor.rearrange: pattern {src_pattern} for rank {self.ndim}")
+            raise _illegal(f"NkiTensor.rearrange: pattern {src_pattern} for rank {self.ndim}")
         names, shape, strides = [], [], []
         for item, size, stride in zip(src_pattern, self.shape, self.strides, strict=True):
             group = item if isinstance(item, (tuple, list)) else (item,)
@@ -582,38 +595,36 @@ class NkiTensor(NKIObject):
             elif len(unknown) == 1:
                 known = math.prod(sizes[g] for g in group if g != 1 and g not in unknown)
                 if size % known:
-                    raise NkiValidationError(f"NkiTensor.rearrange: {size} does not divide by {known} in {item}")
+                    raise _illegal(f"NkiTensor.rearrange: {size} does not divide by {known} in {item}")
                 sizes[unknown[0]] = size // known
             elif unknown:
-                raise NkiValidationError(f"NkiTensor.rearrange: sizes of {unknown} in {item} are not known")
+                raise _illegal(f"NkiTensor.rearrange: sizes of {unknown} in {item} are not known")
             parts = [1 if g == 1 else sizes[g] for g in group]
             if math.prod(parts) != size:
-                raise NkiValidationError(
-                    f"NkiTensor.rearrange: {item} has {math.prod(parts)} elements, the dim has {size}"
-                )
+                raise _illegal(f"NkiTensor.rearrange: {item} has {math.prod(parts)} elements, the dim has {size}")
             for g, n, s in zip(group, parts, _row_major(parts), strict=True):
                 if g == 1:
                     continue
                 if g in names:
-                    raise NkiValidationError(f"NkiTensor.rearrange: {g!r} appears twice in {src_pattern}")
+                    raise _illegal(f"NkiTensor.rearrange: {g!r} appears twice in {src_pattern}")
                 names.append(g)
                 shape.append(n)
                 strides.append(s * stride)
         flat = [g for item in dst_pattern for g in (item if isinstance(item, (tuple, list)) else (item,)) if g != 1]
         if sorted(map(str, flat)) != sorted(map(str, names)):
-            raise NkiValidationError(f"NkiTensor.rearrange: {dst_pattern} does not name the dims of {src_pattern}")
+            raise _illegal(f"NkiTensor.rearrange: {dst_pattern} does not name the dims of {src_pattern}")
         if self.on_chip:
             first_src = src_pattern[0] if isinstance(src_pattern[0], (tuple, list)) else (src_pattern[0],)
             first_dst = dst_pattern[0] if isinstance(dst_pattern[0], (tuple, list)) else (dst_pattern[0],)
             if tuple(first_src) != tuple(first_dst):
-                raise NkiValidationError("NkiTensor.rearrange: the partition dim stays first and whole on chip")
+                raise _illegal("NkiTensor.rearrange: the partition dim stays first and whole on chip")
         new_shape, new_strides = [], []
         for item in dst_pattern:
             group = [g for g in (item if isinstance(item, (tuple, list)) else (item,)) if g != 1]
             at = [names.index(g) for g in group]
             merged = _merge([shape[i] for i in at], [strides[i] for i in at])
             if merged is None:
-                raise NkiValidationError(f"NkiTensor.rearrange: {item} is not contiguous in {self!r}")
+                raise _illegal(f"NkiTensor.rearrange: {item} is not contiguous in {self!r}")
             new_shape.append(merged[0])
             new_strides.append(merged[1])
         return self._view(new_shape, new_strides)
@@ -624,15 +635,13 @@ class NkiTensor(NKIObject):
         if old == new:
             return self._view(self.shape, self.strides, dtype=dtype)
         if self.shape[-1] != 1 and self.strides[-1] != 1:
-            raise NkiValidationError(f"NkiTensor.view: the last dim of {self!r} is not contiguous")
+            raise _illegal(f"NkiTensor.view: the last dim of {self!r} is not contiguous")
         if self.ndim == 1 and self.on_chip:
-            raise NkiValidationError("NkiTensor.view: no free dim to rescale")
+            raise _illegal("NkiTensor.view: no free dim to rescale")
 
         def scaled(elements, what):
             if (elements * old) % new:
-                raise NkiValidationError(
-                    f"NkiTensor.view: {what} {elements} of {self.dtype} is no whole number of {dtype}"
-                )
+                raise _illegal(f"NkiTensor.view: {what} {elements} of {self.dtype} is no whole number of {dtype}")
             return elements * old // new
 
         shape = (*self.shape[:-1], scaled(self.shape[-1], "last dim"))
@@ -649,38 +658,37 @@ class NkiTensor(NKIObject):
         if offset is None:
             offset = self.offset * ratio_old // ratio_new
         if scalar_offset is not None and vector_offset is not None:
-            raise NkiValidationError("NkiTensor.ap: scalar_offset and vector_offset are exclusive")
+            raise _illegal("NkiTensor.ap: scalar_offset and vector_offset are exclusive")
         if self.on_chip:
             row = self.storage.row_bytes // ratio_new
             if len(pattern) > MAX_RANK:
-                raise NkiValidationError(
-                    f"NkiTensor.ap: {len(pattern)} pairs; on-chip patterns have at most {MAX_RANK}"
-                )
+                raise _illegal(f"NkiTensor.ap: {len(pattern)} pairs; on-chip patterns have at most {MAX_RANK}")
             if len(pattern) < 2:
-                raise NkiValidationError("NkiTensor.ap: on-chip patterns have at least 2 pairs")
+                raise _illegal("NkiTensor.ap: on-chip patterns have at least 2 pairs")
             if pattern[0][1] > 1 and pattern[0][0] != row:
-                raise NkiValidationError(
+                raise _illegal(
                     f"NkiTensor.ap: the partition stride {pattern[0][0]} must be the storage's free size "
                     f"{row}: partitions cannot be strided"
                 )
         if any(n < 1 or s < 0 for s, n in pattern):
-            raise NkiValidationError(f"NkiTensor.ap: pattern {pattern} needs counts >= 1 and strides >= 0")
+            raise _illegal(f"NkiTensor.ap: pattern {pattern} needs counts >= 1 and strides >= 0")
         stride = self.strides[indirect_dim] * ratio_old // ratio_new
         scalars: tuple = ()
         vector = None
         if scalar_offset is not None:
-            if isinstance(scalar_offset, NkiTensor) and scalar_offset.size != 1:
-                raise NkiValidationError(
-                    f"NkiTensor.ap: scalar_offset is one element, given shape {scalar_offset.shape}"
-                )
+            _check_scalar_index("scalar_offset", scalar_offset)
             if isinstance(scalar_offset, (int, np.integer)):
                 offset += int(scalar_offset) * stride
             else:
                 scalars = ((scalar_offset, stride, None),)
         if vector_offset is not None:
             if self.on_chip:
-                raise NkiValidationError("NkiTensor.ap: vector_offset indexes HBM tensors only")
+                raise _illegal("NkiTensor.ap: vector_offset indexes HBM tensors only")
             _check_index_tile(vector_offset)
+            if vector_offset.size < pattern[0][1]:
+                raise _illegal(
+                    f"NkiTensor.ap: vector_offset has {vector_offset.size} indices for {pattern[0][1]} rows of pattern"
+                )
             vector = (vector_offset, stride)
         return NkiTensor(
             [n for _, n in pattern],
@@ -697,11 +705,11 @@ class NkiTensor(NKIObject):
     def indirect(self, index, num_elem=None):
         """v4 tensor indirection: the free elements of each partition are picked by a snake-ordered index tile."""
         if machine.active().generation < 4:
-            raise NkiValidationError("NkiTensor.indirect: gen4 and later")
+            raise _illegal("NkiTensor.indirect: gen4 and later")
         if not self.on_chip or not index.on_chip or not index.dtype.is_integer:
-            raise NkiValidationError("NkiTensor.indirect: an on-chip tensor and an on-chip integer index tile")
+            raise _illegal("NkiTensor.indirect: an on-chip tensor and an on-chip integer index tile")
         if index.start_partition % 32:
-            raise NkiValidationError(
+            raise _illegal(
                 f"NkiTensor.indirect: the index starts at partition {index.start_partition}, not a multiple of 32"
             )
         count = operator.index(num_elem) if num_elem is not None else index.free * 16
@@ -718,10 +726,19 @@ class NkiTensor(NKIObject):
 
 
 def _check_index_tile(index):
-    if not isinstance(index, NkiTensor) or index.buffer is not MemoryRegion.sbuf or index.free != 1:
-        raise NkiValidationError(f"vector_offset: the index is a (P, 1) tile in SBUF, given {index!r}")
+    """A (P, 1) tile; dma_transpose alone takes (128, k), read column by column."""
+    if not isinstance(index, NkiTensor) or index.buffer is not MemoryRegion.sbuf:
+        raise _illegal(f"vector_offset: the index is a (P, 1) tile in SBUF, given {index!r}")
     if index.dtype.name not in ("int32", "uint32"):
-        raise NkiValidationError(f"vector_offset: the index is int32 or uint32, given {index.dtype}")
+        raise _illegal(f"vector_offset: the index is int32 or uint32, given {index.dtype}")
+
+
+def _check_scalar_index(what, index):
+    """A register, or an integer 1 x 1 tile in SBUF."""
+    if isinstance(index, NkiTensor) and (
+        index.size != 1 or index.buffer is not MemoryRegion.sbuf or not index.dtype.is_integer
+    ):
+        raise _illegal(f"{what}: a run-time index is a register or an integer 1 x 1 tile in SBUF, given {index!r}")
 
 
 def _row_major(shape):
@@ -778,28 +795,28 @@ def allocate(shape, dtype, buffer, name="", fill=None, data=None) -> NkiTensor:
     shape = tuple(operator.index(s) for s in shape)
     dtype = as_dtype(dtype)
     if not isinstance(buffer, MemoryRegion):
-        raise NkiValidationError(
+        raise _unplaced(
             f"nl.ndarray: buffer {buffer!r} is no buffer object; pass nl.sbuf, nl.psum, nl.hbm or nl.shared_hbm"
         )
     if any(s < 1 for s in shape):
-        raise NkiValidationError(f"nl.ndarray: shape {shape} has an empty dim")
+        raise _unplaced(f"nl.ndarray: shape {shape} has an empty dim")
     if buffer.on_chip:
         if len(shape) < 2:
-            raise NkiValidationError(f"nl.ndarray: on-chip tensors have at least 2 dims, given {shape}")
+            raise _unplaced(f"nl.ndarray: on-chip tensors have at least 2 dims, given {shape}")
         if len(shape) > MAX_RANK:
-            raise NkiValidationError(f"nl.ndarray: on-chip tensors have at most {MAX_RANK} dims, given {shape}")
+            raise _unplaced(f"nl.ndarray: on-chip tensors have at most {MAX_RANK} dims, given {shape}")
         if shape[0] > PMAX:
-            raise NkiValidationError(f"nl.ndarray: partition dim {shape[0]} exceeds {PMAX} (nl.tile_size.pmax)")
+            raise _unplaced(f"nl.ndarray: partition dim {shape[0]} exceeds {PMAX} (nl.tile_size.pmax)")
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         if buffer is MemoryRegion.psum:
             limit = machine.BANK_BYTES * (machine.PSUM_BANKS if core.generation >= 4 else 1)
             if row_bytes > limit:
-                raise NkiValidationError(
+                raise _unplaced(
                     f"nl.ndarray: a PSUM tile of {row_bytes} bytes per partition; gen{core.generation} "
                     f"takes at most {limit} (nl.tile_size.psum_bank_fmax_bytes)"
                 )
         elif row_bytes > core.spec.sbuf_usable_bytes:
-            raise NkiValidationError(
+            raise _unplaced(
                 f"nl.ndarray: an SBUF tile of {row_bytes} bytes per partition; gen{core.generation} has "
                 f"{core.spec.sbuf_usable_bytes} usable (nl.tile_size.sbuf_fmax_bytes)"
             )
