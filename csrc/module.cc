@@ -47,6 +47,11 @@ struct NamedKernel {
 #include "bind_isa.inc"
 #undef ISOTILE_ISA
 #endif
+#if ISOTILE_BUILT_amx
+#define ISOTILE_ISA amx
+#include "bind_isa.inc"
+#undef ISOTILE_ISA
+#endif
 #if ISOTILE_BUILT_neon
 #define ISOTILE_ISA neon
 #include "bind_isa.inc"
@@ -72,6 +77,9 @@ const InstructionSet instruction_sets[] = {
 #endif
 #if ISOTILE_BUILT_avx512_bf16
     {"avx512_bf16", avx512_bf16::kernels},
+#endif
+#if ISOTILE_BUILT_amx
+    {"amx", amx::kernels},
 #endif
 #if ISOTILE_BUILT_neon
     {"neon", neon::kernels},

@@ -60,6 +60,12 @@ def installed_extension() -> Path:
     return Path(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip())
 
 
+def instruction_sets() -> list[str]:
+    """The instruction sets of the installed extension that this CPU runs."""
+    code = "import torch, isotile._C as c; print(*[name for name, runs in c.instruction_sets() if runs])"
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+
+
 def lay_out(site: Path, sources: Path, extension: Path) -> None:
     """A folder that imports as the package: links to the sources and to the extension."""
     package = site / "isotile"

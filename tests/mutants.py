@@ -3,8 +3,9 @@
 `make mutants`, or `python tests/mutants.py [NAME ...]` for some, `--list` to see them, `--keep DIR` to keep the copy
 and its build for the next run. Each bug is one that a careful engineer could write. The tests named beside it are
 few, so that it is quick, and they pass on the unchanged copy first. A C++ bug costs one object: for those the
-extension is built for the scalar instruction set alone, hardly optimised; the others use the installed one. The vector
-headers are tested by tests/csrc/test_vec.py, which compiles for itself.
+extension is built hardly optimised, for the scalar instruction set and those that the chosen bugs need; the others use
+the installed one. The vector headers are tested by tests/csrc/test_vec.py, which compiles for itself. Bugs that need an
+instruction set which this CPU does not run are named and left out.
 
 Exit code 0: every bug was caught by a failing test.
 """
@@ -33,7 +34,7 @@ TIMEOUT_S = 900
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One bug. `objects`: the kernels to compile again."""
+    """One bug. `objects`: the kernels to compile again; `isa`: the instruction set that runs the code, if not any."""
 
     name: str
     file: str
@@ -43,6 +44,7 @@ class Mutant:
     tests: tuple[str, ...]
     objects: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
+    isa: str = ""
 
 
 def drawn(op: str, *dtypes: str, backend: str = "cpu") -> tuple[str, ...]:
@@ -272,6 +274,25 @@ VECTORS = [
         "  const __m256i r = _mm256_blendv_epi8(rounded, b, _mm256_castps_si256(nan));",
         "a NaN whose high half is that of infinity",
         vectors("avx2"),
+        isa="avx2",
+    ),
+    Mutant(
+        "odd_row_of_a_pair",
+        "csrc/simd/tile.h",
+        "    const __m256i odd = _mm256_maskz_loadu_epi16(k1 < k ? columns : 0, b + k1 * stride);",
+        "    const __m256i odd = _mm256_maskz_loadu_epi16(columns, b + k1 * stride);",
+        "the row after the last, where k is odd",
+        vectors("amx"),
+        isa="amx",
+    ),
+    Mutant(
+        "tiles_of_the_first_configuration",
+        "csrc/simd/tile.h",
+        "    if (current_ == &config) return;",
+        "    if (current_ != nullptr) return;",
+        "a second configuration in one scope",
+        vectors("amx"),
+        isa="amx",
     ),
 ]
 
@@ -439,13 +460,15 @@ NKI = [
     ),
 ]
 
+#: The instruction sets besides scalar.
+SETS = ("avx2", "avx512", "avx512_bf16", "amx", "neon")
 MUTANTS = {m.name: m for m in (*KERNELS, *VECTORS, *PYTHON, *TRITON, *NKI)}
 
 
 class Workshop:
     """An unchanged copy of the sources with its extension, and copies with one bug each."""
 
-    def __init__(self, folder: Path, needs_build: bool) -> None:
+    def __init__(self, folder: Path, chosen: list[Mutant]) -> None:
         self.folder = folder
         self.clean = folder / "clean"
         self.build = folder / "build"
@@ -454,8 +477,9 @@ class Workshop:
         _copies.copy_sources(self.clean)
         self.built = self.build / f"_C{_copies.SUFFIX}"
         self.installed = _copies.installed_extension()
-        if needs_build:
-            left_out = {f"ISOTILE_COMPILES_{name}": "OFF" for name in ("avx2", "avx512", "avx512_bf16", "neon")}
+        if any(m.objects for m in chosen):
+            needed = {m.isa for m in chosen if m.objects}
+            left_out = {f"ISOTILE_COMPILES_{name}": "OFF" for name in SETS if name not in needed}
             _copies.configure(self.clean, self.build, CMAKE_BUILD_TYPE="Debug", CMAKE_CXX_FLAGS_DEBUG="-O1", **left_out)
             command = [_copies.tool("cmake"), "--build", str(self.build), "--parallel", "2"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -575,6 +599,10 @@ def main() -> int:
         for m in chosen:
             print(f"{m.name:<32} {m.file:<40} {m.why}")
         return 0
+    runs = {"", *_copies.instruction_sets()}
+    for mutant in [m for m in chosen if m.isa not in runs]:
+        print(f"{mutant.name}: left out, this CPU does not run {mutant.isa}")
+    chosen = [m for m in chosen if m.isa in runs]
     with contextlib.ExitStack() as stack:
         if given.keep is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isotile-mutants-")))
@@ -582,7 +610,7 @@ def main() -> int:
             folder = given.keep.resolve()
             folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        workshop = Workshop(folder, needs_build=any(m.objects for m in chosen))
+        workshop = Workshop(folder, chosen)
         built = time.monotonic()
         print(f"unchanged copy: made in {built - began:.0f} s", flush=True)
         failing = failing_unchanged(workshop, chosen)

@@ -18,7 +18,7 @@ from pathlib import Path
 import _copies
 
 FOLDER = _copies.ROOT / "build" / "sanitize"
-SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
+SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon")
 #: Every operator's drawn tests on the cpu backend, and the kernels' own.
 TESTS = (
     "tests/test_ops.py",

@@ -4,7 +4,9 @@
 
 namespace isotile {
 
-bool cpu_runs(const char* instruction_set);  // and its operating system
+// Also whether its operating system does. The first question about "amx" asks the system for this process's leave to
+// use tiles.
+bool cpu_runs(const char* instruction_set);
 
 // Of the data caches, as the operating system tells; a usual size where it does not.
 int64_t l1_cache_bytes();

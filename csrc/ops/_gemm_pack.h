@@ -77,39 +77,15 @@ ISOTILE_INLINE __m512 load_steps(const BFloat16* p) {
 // ahead: how many elements further to fetch the column's line from, 0 for none.
 template <class Kind, class Src>
 ISOTILE_INLINE Block16 transpose_block(const Src* p, int64_t stride, int64_t last, int64_t ahead) {
-  __m512 r[16], t[16];
+  Block16 block;
 #pragma GCC unroll 16
   for (int c = 0; c < 16; ++c) {
     const Src* column = p + (c < last ? c : last) * stride;
     if (ahead != 0) __builtin_prefetch(column + ahead, 0, 2);
-    r[c] = load_steps<Kind>(column);
+    block.step[c] = load_steps<Kind>(column);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // r[i + c]: columns i .. i + 3, steps c, 4 + c, 8 + c, 12 + c
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const __m512d low = _mm512_castps_pd(t[i + h]), high = _mm512_castps_pd(t[i + h + 2]);
-      r[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      r[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  }
-  Block16 out;
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512 even0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), odd0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
-    const __m512 even1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512 odd1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    out.step[c] = _mm512_shuffle_f32x4(even0, even1, 0x88);
-    out.step[8 + c] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
-    out.step[4 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
-    out.step[12 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
-  }
-  return out;
+  transpose_16x16(block.step);
+  return block;
 }
 #endif
 

@@ -1,4 +1,4 @@
-// AVX-512 (x86-64-v4). Contract: vec.h.
+// AVX-512 (x86-64-v4), with BF16 and VNNI where the set has them. Contract: vec.h.
 #pragma once
 #include <immintrin.h>
 
@@ -53,6 +53,36 @@ ISOTILE_INLINE __m512 float_from_bf16(__m256i v) {
 }
 ISOTILE_INLINE __m256i half_from_float(__m512 v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// Words of 32 bits: m[i] lane j becomes m[j] lane i.
+ISOTILE_INLINE void transpose_16x16(__m512 (&m)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(m[i], m[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(m[i], m[i + 1]);
+  }
+  __m512 r[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // r[i + c]: rows i .. i + 3, columns c, 4 + c, 8 + c, 12 + c
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m512d low = _mm512_castps_pd(t[i + h]), high = _mm512_castps_pd(t[i + h + 2]);
+      r[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      r[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), odd0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+    const __m512 even1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512 odd1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+    m[c] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    m[8 + c] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+    m[4 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    m[12 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
 }
 
 template <>

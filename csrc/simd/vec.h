@@ -32,10 +32,17 @@
 #error "compile with -DISOTILE_ISA=<instruction set>"
 #endif
 
-#if defined(ISOTILE_ISA_avx512_bf16)
+#if defined(ISOTILE_ISA_avx512_bf16) || defined(ISOTILE_ISA_amx)
 #define ISOTILE_HAS_BF16_DOT 1
 #else
 #define ISOTILE_HAS_BF16_DOT 0
+#endif
+
+// Matrix tiles: tile.h.
+#if defined(ISOTILE_ISA_amx)
+#define ISOTILE_HAS_TILES 1
+#else
+#define ISOTILE_HAS_TILES 0
 #endif
 
 namespace isotile {
@@ -59,7 +66,7 @@ ISOTILE_INLINE void scatter_lanes(const A* in, T* p, int64_t stride, int64_t n, 
 }  // namespace ISOTILE_ISA
 }  // namespace isotile
 
-#if defined(ISOTILE_ISA_avx512) || defined(ISOTILE_ISA_avx512_bf16)
+#if defined(ISOTILE_ISA_avx512) || defined(ISOTILE_ISA_avx512_bf16) || defined(ISOTILE_ISA_amx)
 #include "simd/avx512.h"
 #elif defined(ISOTILE_ISA_avx2)
 #include "simd/avx2.h"

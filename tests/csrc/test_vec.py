@@ -1,4 +1,4 @@
-"""What no operator's spec can say: the vector contract of csrc/simd/vec.h, and what the linker sees of the kernels."""
+"""What no operator's spec can say: the contracts of csrc/simd's headers, and what the linker sees of the kernels."""
 
 import os
 import platform
@@ -17,6 +17,7 @@ X86_FLAGS = {
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4",),
     "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+    "amx": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-pthread"),
 }
 #: GCC 12's AVX-512 header warns about its own undefined registers (GCC bug 105593).
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
@@ -24,7 +25,7 @@ QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
 def build(compiler: str, isa: str, flags: tuple[str, ...], folder: Path) -> Path:
     program = folder / f"vec_test_{isa}"
-    sources = [str(ROOT / "tests/csrc/vec_test.cc"), str(ROOT / "csrc/base/error.cc")]
+    sources = [str(ROOT / "tests/csrc/vec_test.cc"), str(ROOT / "csrc/base/error.cc"), str(ROOT / "csrc/base/cpu.cc")]
     defines = [f"-DISOTILE_ISA={isa}", f"-DISOTILE_ISA_{isa}=1", f'-DISOTILE_TEST_NAME="{isa}"']
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *QUIET, "-ffp-contract=off"]
     command += ["-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}", *defines, *flags, *sources]

@@ -1,4 +1,4 @@
-// The Vec contract of csrc/simd/vec.h, for the instruction set this file is compiled for. Prints one line for each
+// The contracts of csrc/simd/vec.h and tile.h, for the instruction set this file is compiled for. Prints one line for each
 // failed claim and, for each elementary function, its largest error; exits with 1 if any claim failed.
 // Usage: vec_test [stride over float's bit patterns; default 1009]
 #include <sys/mman.h>
@@ -10,8 +10,12 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <thread>
+#include <vector>
 
+#include "base/cpu.h"
 #include "simd/math.h"
+#include "simd/tile.h"
 #include "simd/vec.h"
 
 using isotile::BFloat16;
@@ -363,10 +367,177 @@ void check_double_rounding() {
   expect(isotile::to_double(b) == 1.0 + std::ldexp(1.0, -7), "double to bfloat16 rounds once");
 }
 
+#if ISOTILE_HAS_TILES
+namespace tiles = isa::tiles;
+
+uint32_t random_state = 1;
+uint32_t random_bits() { return random_state = random_state * 1664525u + 1013904223u; }
+
+float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+
+// c += a x b in the order that tile.h promises. a [rows][32], b [16][n][2].
+float dot_bf16_in_order(const BFloat16* a, const BFloat16* b, int n, float c) {
+  float sum[2] = {0, 0};
+  for (int r = 0; r < 16; ++r)
+    for (int h = 0; h < 2; ++h) {
+      const float x = flushed(isotile::to_float(a[2 * r + h])), y = flushed(isotile::to_float(b[2 * (r * n) + h]));
+      sum[h] = flushed(std::fma(x, y, sum[h]));
+    }
+  return flushed(flushed(c) + flushed(sum[0] + sum[1]));
+}
+
+constexpr tiles::Config kWhole = tiles::Config::uniform();
+
+constexpr tiles::Config narrow_config(int rows, int columns) {
+  tiles::Config c = tiles::Config::uniform();
+  c.set(0, rows, 4 * columns);
+  c.set(1, rows, 64);
+  c.set(2, 16, 4 * columns);
+  return c;
+}
+
+void check_bf16_tiles(int rows, int columns, int range) {
+  const tiles::Config config = narrow_config(rows, columns);
+  BFloat16 a[16 * 32], b[16 * 16 * 2];
+  float c[16 * 16], want[16 * 16];
+  const auto draw = [&] {  // exponents within `range` of each other
+    const uint32_t exponent = static_cast<uint32_t>(127 - range / 2 + static_cast<int>(random_bits() >> 16) % range);
+    return BFloat16{static_cast<uint16_t>((random_bits() >> 16 & 0x807f) | exponent << 7)};
+  };
+  for (BFloat16& x : a) x = draw();
+  for (BFloat16& x : b) x = draw();
+  for (int i = 0; i < rows * columns; ++i) c[i] = isotile::to_float(draw());
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j)
+      want[i * columns + j] = dot_bf16_in_order(a + 32 * i, b + 2 * j, columns, c[i * columns + j]);
+  tiles::Scope scope(config);
+  tiles::load<0>(c, 4 * columns);
+  tiles::load<1>(a, 64);
+  tiles::load_once<2>(b, 4 * columns);
+  tiles::dot_bf16<0, 1, 2>();
+  tiles::store<0>(c, 4 * columns);
+  for (int i = 0; i < rows * columns; ++i) expect(same(c[i], want[i]), "dot_bf16", rows * 100 + columns);
+}
+
+template <class A, class B, class Dot>
+void check_integer_tiles(const char* name, const Dot& dot) {
+  A a[16 * 64];
+  B b[16 * 64];
+  int32_t c[16 * 16], want[16 * 16];
+  for (A& x : a) x = static_cast<A>(random_bits() >> 24);
+  for (B& x : b) x = static_cast<B>(random_bits() >> 24);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) {
+      int32_t sum = c[16 * i + j] = static_cast<int32_t>(random_bits() >> 4);
+      for (int k = 0; k < 64; ++k) sum += a[64 * i + k] * b[64 * (k / 4) + 4 * j + k % 4];
+      want[16 * i + j] = sum;
+    }
+  tiles::Scope scope(kWhole);
+  tiles::load<3>(c, 64);
+  tiles::load<5>(a, 64);
+  tiles::load<7>(b, 64);
+  dot();
+  tiles::store<3>(c, 64);
+  expect(std::memcmp(c, want, sizeof(c)) == 0, name);
+}
+
+void check_tile_configurations() {
+  constexpr tiles::Config other = narrow_config(3, 5);
+  int32_t c[16 * 16], from[16 * 16];
+  for (int i = 0; i < 256; ++i) from[i] = i + 1;
+  tiles::Scope scope(kWhole);
+  tiles::load<0>(from, 64);
+  scope.use(kWhole);  // is in use: nothing is lost
+  tiles::store<0>(c, 64);
+  expect(std::memcmp(c, from, sizeof(c)) == 0, "use() of the same configuration");
+  scope.use(other);
+  for (int32_t& x : c) x = -1;
+  tiles::store<0>(c, 20);
+  for (int i = 0; i < 256; ++i) expect(c[i] == (i < 15 ? 0 : -1), "use() of another configuration", i);
+  tiles::load<0>(from, 64);
+  tiles::zero<0>();
+  tiles::store<0>(c, 20);
+  for (int i = 0; i < 256; ++i) expect(c[i] == (i < 15 ? 0 : -1), "zero", i);
+}
+
+// Packed words are those of a whole matrix with zeros around; the memory ends where the elements do.
+void check_tile_packing() {
+  Guarded<uint16_t> wide;
+  Guarded<uint8_t> bytes;
+  uint8_t got[16 * 80];
+  for (int k = 0; k <= 64; ++k)
+    for (int n = 1; n <= 16; ++n) {
+      const auto element = [&](int i, int j) { return i < k && j < n ? 1 + (i * 37 + j * 11) % 255 : 0; };
+      const int stride = n + k % 3;  // rows with and without a gap
+      const auto check = [&](const char* name, int size) {
+        for (int r = 0; r < 16; ++r)
+          for (int j = 0; j < 16; ++j)
+            for (int h = 0; h < 4 / size; ++h) {
+              const int at = r * 80 + 4 * j + h * size;
+              const int x = size == 1 ? got[at] : got[at] | got[at + 1] << 8;
+              expect(x == element(r * (4 / size) + h, j), name, k * 100 + n);
+            }
+      };
+      uint8_t* quads = bytes.end - (k == 0 ? 0 : (k - 1) * stride + n);
+      for (int i = 0; i < k; ++i)
+        for (int j = 0; j < n; ++j) quads[i * stride + j] = static_cast<uint8_t>(element(i, j));
+      tiles::pack_quads(quads, stride, k, n, got, 80);
+      check("pack_quads", 1);
+      uint8_t* columns = bytes.end - (n * k + (n - 1) * (k % 3));
+      for (int j = 0; j < n; ++j)
+        for (int i = 0; i < k; ++i) columns[j * (k + k % 3) + i] = static_cast<uint8_t>(element(i, j));
+      tiles::transpose_words(columns, k + k % 3, k, n, got, 80);
+      check("transpose_words", 1);
+      if (k > 32) continue;
+      uint16_t* pairs = wide.end - (k == 0 ? 0 : (k - 1) * stride + n);
+      for (int i = 0; i < k; ++i)
+        for (int j = 0; j < n; ++j) pairs[i * stride + j] = static_cast<uint16_t>(element(i, j));
+      tiles::pack_pairs(reinterpret_cast<const BFloat16*>(pairs), stride, k, n, got, 80);
+      check("pack_pairs", 2);
+    }
+}
+
+void check_tiles() {
+  for (int rows : {1, 2, 5, 15, 16})
+    for (int columns : {1, 3, 8, 16})
+      for (int range : {1, 20, 200}) check_bf16_tiles(rows, columns, range);
+  check_integer_tiles<uint8_t, int8_t>("dot_u8s8", [] { tiles::dot_u8s8<3, 5, 7>(); });
+  check_integer_tiles<int8_t, int8_t>("dot_s8s8", [] { tiles::dot_s8s8<3, 5, 7>(); });
+  check_integer_tiles<int8_t, uint8_t>("dot_s8u8", [] { tiles::dot_s8u8<3, 5, 7>(); });
+  check_integer_tiles<uint8_t, uint8_t>("dot_u8u8", [] { tiles::dot_u8u8<3, 5, 7>(); });
+  check_tile_configurations();
+  check_tile_packing();
+  // Tiles are a thread's own, also where threads share a core.
+  std::vector<std::thread> threads;
+  std::vector<int> wrong(8);
+  for (int t = 0; t < 8; ++t)
+    threads.emplace_back([t, &wrong] {
+      int32_t mine[256], back[256];
+      for (int32_t& x : mine) x = t;
+      for (int round = 0; round < 200; ++round) {
+        tiles::Scope scope(kWhole);
+        tiles::load<0>(mine, 64);
+        std::this_thread::yield();
+        tiles::store<0>(back, 64);
+        wrong[t] += std::memcmp(mine, back, sizeof(mine)) != 0;
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (int count : wrong) expect(count == 0, "a thread's tiles", count);
+}
+#else
+void check_tiles() {}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const uint32_t step = argc > 1 ? static_cast<uint32_t>(std::atoi(argv[1])) : 1009;
+  if (!isotile::cpu_runs(ISOTILE_TEST_NAME)) {
+    std::printf("this CPU does not run %s\n", ISOTILE_TEST_NAME);
+    return 1;
+  }
+  check_tiles();
   check_memory<Vec<float>, float>("float in memory");
   check_memory<Vec<float>, BFloat16>("bfloat16 in memory");
   check_memory<Vec<float>, Float16>("float16 in memory");
