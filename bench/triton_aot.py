@@ -2,8 +2,8 @@
 
     python bench/triton_aot.py [--targets sm_90 gfx942] [--ops attention] [--case d128] [--shard 0/4] [--out table.json]
 
-One row for each launch: registers, spilled bytes, shared memory against the target's limit (which Triton checks only at
-launch), and matrix instructions. A row fails if it does not compile, needs more shared memory than the target has, or
+One row for each launch: registers, spilled bytes, shared and tensor memory against the target's limit (which Triton
+checks only at launch), and matrix instructions. A row fails if it does not compile, needs more than the target has, or
 is meant for the matrix units and shows no such instruction. Each target runs in a process of its own with a time limit,
 since a backend may crash or hang.
 """
@@ -29,6 +29,7 @@ TARGETS = {  # name: (kind, arch, shared bytes one program may use, matrix instr
     "gfx942": ("hip", "gfx942", 65536, "v_mfma"),
     "gfx950": ("hip", "gfx950", 163840, "v_mfma"),
 }
+TENSOR_MEMORY = 512  # columns, Blackwell; a kernel that wants more compiles to a trap
 ANY_MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
 
 
@@ -297,10 +298,13 @@ def compile_target(name, ops, wanted, shard):
                 row.update(
                     resources(compiled, kind),
                     shared=compiled.metadata.shared,
+                    tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
                     seconds=round(time.monotonic() - began, 2),
                 )
                 if compiled.metadata.shared > limit:
                     row["error"] = f"{compiled.metadata.shared} bytes of shared memory, {name} has {limit}"
+                elif row["tensor_memory"] > TENSOR_MEMORY:
+                    row["error"] = f"{row['tensor_memory']} columns of tensor memory, {name} has {TENSOR_MEMORY}"
             print(json.dumps(row), flush=True)
 
 
@@ -323,6 +327,7 @@ def report(row):
     print(
         f"{row['target']:7} {row['op']:24} {row['case'][:44]:44} {row.get('kernel', '')[:34]:34} "
         f"{row.get('registers') or '':>4} {row.get('spill', ''):>5} {row.get('shared', ''):>7} "
+        f"{row.get('tensor_memory') or '':>3} "
         f"{row.get('seconds', ''):>6} {json.dumps(row.get('matrix', {}))} {row['verdict'] or ''}",
         flush=True,
     )

@@ -146,24 +146,30 @@ def finite_part(x):
 
 
 @triton.jit
-def hidden_free(visible, weight, x):
-    """What the NaN and infinite elements of x add to (weight @ x), weights >= 0, over visible pairs only.
+def nonfinite(x):
+    return (x != x) | (tl.abs(x) == float("inf"))
 
-    The kinds are counted by a product on the matrix units, in separate digits, which bfloat16 and float32 hold exactly
-    for up to 255 terms. A visible weight of 0 times infinity is NaN.
+
+@triton.jit
+def add_nonfinite(acc, weight, visible, x, x_base, row_stride, col_stride, cols, begin, stop, BLOCK: tl.constexpr):
+    """acc + weight @ x over the NaN and infinite elements of x alone, visible pairs only; a weight of 0 makes a NaN.
+
+    x holds rows begin.. of the matrix at x_base. Its rows are taken one by one, since a product of tiles would mix in
+    hidden pairs, and without the matrix units, so that this rare path adds nothing to the memory that they need.
     """
-    wide = x.to(tl.float32)
-    kind = tl.where(wide != wide, 1.0, 0.0)
-    kind = tl.where(wide == float("inf"), 256.0, kind)
-    kind = tl.where(wide == -float("inf"), 65536.0, kind)
-    seen = tl.where(visible, 1.0, 0.0)
-    count = tl.dot(seen.to(tl.bfloat16), kind.to(tl.bfloat16)).to(tl.int32)
-    total = tl.where(count % 256 > 0, float("nan"), 0.0)
-    total += tl.where((count // 256) % 256 > 0, float("inf"), 0.0)
-    total += tl.where(count // 65536 > 0, -float("inf"), 0.0)
-    nothing = tl.where(visible & (weight == 0), 1.0, 0.0)
-    undefined = tl.dot(nothing.to(tl.bfloat16), tl.where(kind > 1.0, 1.0, 0.0).to(tl.bfloat16))
-    return total + tl.where(undefined > 0, float("nan"), 0.0)
+    if tl.max(tl.max(nonfinite(x.to(tl.float32)).to(tl.int32), axis=1), axis=0) > 0:
+        lane = tl.arange(0, BLOCK)
+        col = tl.arange(0, x.shape[1])
+        for row in tl.range(begin, tl.minimum(begin + BLOCK, stop), num_stages=1):
+            at = x_base + tl.cast(row, tl.int64) * row_stride + col * col_stride
+            own = tl.load(at, mask=col < cols, other=0.0).to(tl.float32)
+            bad = nonfinite(own)
+            if tl.max(bad.to(tl.int32), axis=0) > 0:
+                pairs = visible & (lane == row - begin)[None, :]
+                factor = tl.sum(tl.where(pairs, weight, 0.0), axis=1)
+                seen = tl.max(pairs.to(tl.int32), axis=1) > 0
+                acc += tl.where(seen[:, None] & bad[None, :], factor[:, None] * own[None, :], 0.0)
+    return acc
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from ._attention import (
     LN2,
     LOG2E,
     Options,
+    add_nonfinite,
     block_d,
     finite_part,
-    hidden_free,
     kept,
     key_range,
     lookup,
@@ -90,7 +90,7 @@ def _attend(
     """One stretch of the walk over keys: updates (acc, total, top)."""
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
-    for begin in range(start, stop, BLOCK_N):
+    for begin in tl.range(start, stop, BLOCK_N, num_stages=1 if SAFE else None):
         key = begin + tl.arange(0, BLOCK_N)
         if DESCRIPTORS:
             k = tl.reshape(k_source.load([batch_index, key_head, begin, 0]), (BLOCK_N, BLOCK_D)).T
@@ -147,7 +147,7 @@ def _attend(
             else:
                 v = tl.load(v_at)
         if SAFE:
-            acc += hidden_free(visible, p, v)
+            acc = add_nonfinite(acc, p, visible, v, v_head, v_strides[4], v_strides[5], dv, begin, keys, BLOCK_N)
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, top
@@ -156,6 +156,7 @@ def _attend(
 @triton.jit
 def attention_forward_kernel(
     q_ptr,
+    v_ptr,
     k_source,
     v_source,
     mask_ptr,
@@ -251,12 +252,10 @@ def attention_forward_kernel(
         q = tl.load(q_at[:, None] + dims[None, :] * q_strides[5], mask=inside[:, None], other=0.0)
     else:
         q = tl.load(q_at[:, None] + dims[None, :] * q_strides[5], mask=inside[:, None] & (dims < d)[None, :], other=0.0)
-    if DESCRIPTORS:
-        k_head = 0
-        v_head = 0
-    else:
+    k_head = 0
+    if not DESCRIPTORS:
         k_head = k_source + loop_offset(batch, sizes, k_strides) + key_head.to(tl.int64) * k_strides[3]
-        v_head = v_source + loop_offset(batch, sizes, v_strides) + key_head.to(tl.int64) * v_strides[3]
+    v_head = v_ptr + loop_offset(batch, sizes, v_strides) + key_head.to(tl.int64) * v_strides[3]
     mask_base = mask_ptr
     if mask_ptr is not None:
         mask_base = mask_ptr + loop_offset(batch, sizes, mask_strides) + head.to(tl.int64) * mask_strides[3]
@@ -604,7 +603,7 @@ def attention_combine_kernel(
 
 # (largest head size, BLOCK_M, BLOCK_N, warps, stages) by architecture.
 TILES = {
-    "hopper": ((64, 128, 128, 8, 3), (128, 128, 128, 8, 2), (256, 128, 64, 8, 2), (512, 64, 32, 8, 2)),
+    "hopper": ((64, 128, 128, 8, 3), (128, 128, 128, 8, 3), (256, 128, 64, 8, 2), (512, 64, 32, 8, 2)),
     "ampere": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (256, 64, 64, 8, 2), (512, 32, 32, 8, 1)),
     "consumer": ((64, 128, 64, 4, 3), (128, 128, 32, 8, 3), (256, 64, 32, 4, 2), (512, 32, 16, 8, 1)),
     "cdna": ((64, 128, 64, 4, 1), (128, 128, 64, 4, 1), (256, 64, 32, 4, 1), (512, 32, 16, 4, 1)),
@@ -745,6 +744,7 @@ def prepare(
             grid,
             (
                 query,
+                value,
                 key_source,
                 value_source,
                 attn_mask,

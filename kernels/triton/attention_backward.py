@@ -20,9 +20,9 @@ import triton.language as tl
 from ._attention import (
     LOG2E,
     Options,
+    add_nonfinite,
     block_d,
     finite_part,
-    hidden_free,
     kept,
     key_range,
     lookup,
@@ -155,7 +155,7 @@ def _gather_key_value(
     """One stretch of queries for one block of keys; tiles are [keys, queries]."""
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
-    for begin in range(start, stop, BLOCK_M):
+    for begin in tl.range(start, stop, BLOCK_M, num_stages=1 if SAFE else None):
         query = begin + tl.arange(0, BLOCK_M)
         inside = query < sq
         query_at = query.to(tl.int64) if WIDE else query
@@ -209,7 +209,19 @@ def _gather_key_value(
             grad_s = tl.where(visible, grad_s, 0.0)
         grad_s = grad_s * slack
         if SAFE:
-            grad_v += hidden_free(visible, dropped, grad)
+            grad_v = add_nonfinite(
+                grad_v,
+                dropped,
+                visible,
+                grad,
+                grad_out_ptr,
+                grad_out_strides[4],
+                grad_out_strides[5],
+                dv,
+                begin,
+                sq,
+                BLOCK_M,
+            )
             grad = finite_part(grad)
             q = finite_part(q)  # a visible NaN or infinity is already in grad_s
         grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
@@ -598,7 +610,7 @@ def _gather_query(
     """One stretch of keys for one block of queries; tiles are [queries, keys]. Stores the mask's gradient if wanted."""
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
-    for begin in range(start, stop, BLOCK_N):
+    for begin in tl.range(start, stop, BLOCK_N, num_stages=1 if SAFE else None):
         key = begin + tl.arange(0, BLOCK_N)
         key_at = key.to(tl.int64) if WIDE else key
         k_at = k_head + key_at[:, None] * k_strides[4] + dims[None, :] * k_strides[5]
