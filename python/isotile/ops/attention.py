@@ -302,6 +302,16 @@ def compounded(relative, dtype):
     return torch.expm1((relative * unit).clamp(max=300.0)) / unit
 
 
+def operand_size(size, visible, dtype, scale=1.0):
+    """What the operands' unit multiplies where a kernel rounds an intermediate of this size to their dtype.
+
+    Below the smallest normal number the error of a rounding no longer falls with the number. The kernel may apply
+    `scale` after the rounding or, where `size` has it, before.
+    """
+    least = torch.finfo(dtype).smallest_normal * max(1.0, scale)
+    return torch.where(visible, size.clamp_min(least), 0.0)
+
+
 def _error(args, truth, dims):
     _, scores, visible = scores_of(args, torch.float64)
     lse = lse_of(scores, args.sinks, torch.float64)
@@ -314,7 +324,8 @@ def _error(args, truth, dims):
     accumulated = (p * relative) @ value + growth(args.key.shape[-2]) * size
     top = torch.where(lse.isfinite(), lse, 0.0)
     lse_error = mean_error + growth(args.key.shape[-2]) + 8 + top.abs()
-    return {"out": (accumulated, size), "lse": (lse_error.squeeze(-1), 0.0)}
+    operand = operand_size(p, visible, args.query.dtype) @ value
+    return {"out": (accumulated, operand), "lse": (lse_error.squeeze(-1), 0.0)}
 
 
 def flops(dims, scalars):

@@ -112,15 +112,17 @@ def _error(args, truth, dims):
         return grad.reshape(*loop, args.key.shape[-3], groups, *grad.shape[-2:]).sum(-3)
 
     dropped = p if kept is None else p * kept
+    slope_operand = forward.operand_size(slope, visible, args.query.dtype, scale)
+    dropped_operand = forward.operand_size(dropped, visible, args.query.dtype)
     terms = {
-        "grad_query": (slope_error @ key + growth(keys) * (slope @ key), slope @ key),
+        "grad_query": (slope_error @ key + growth(keys) * (slope @ key), slope_operand @ key),
         "grad_key": (
             per_head(slope_error.mT @ query + growth(queries * groups) * (slope.mT @ query)),
-            per_head(slope.mT @ query),
+            per_head(slope_operand.mT @ query),
         ),
         "grad_value": (
             per_head((dropped * (relative + growth(queries * groups))).mT @ upstream),
-            per_head(dropped.mT @ upstream),
+            per_head(dropped_operand.mT @ upstream),
         ),
     }
     if "grad_attn_mask" in truth:
