@@ -2,7 +2,7 @@
 
 from ._arrays import dense, refuse_dtypes, refuse_empty
 from ._grouped import grouped_kernel, grouped_weight_kernel
-from .grouped_matmul import WIDEST
+from .grouped_matmul import NEEDS_VALUES, WIDEST  # noqa: F401
 
 
 def supports(grad, a, b, offsets, **rest):

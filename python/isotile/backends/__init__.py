@@ -7,6 +7,7 @@ from typing import Any
 from .base import Backend
 from .cpu import CpuBackend
 from .nki import NkiBackend
+from .nki import devices as neuron_devices
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -22,6 +23,7 @@ def backends() -> list[dict[str, Any]]:
         devices = ["cpu"]
         if torch.cuda.is_available():
             devices.append("cuda")
+        devices += neuron_devices()
         reasons = {d: backend.unavailable(d) for d in devices}
         usable = [d for d, reason in reasons.items() if reason is None]
         found.append(

@@ -1,10 +1,18 @@
-"""NKI kernels for Trainium and Inferentia; on CPU tensors in the bundled emulator, where it is asked for."""
+"""NKI kernels for Trainium and Inferentia.
+
+Neuron tensors (`neuron` of TorchNeuron, `xla` of torch-xla) go to the jitted kernels; CPU tensors, where asked for, to
+the SDK's simulator if the SDK is installed and to the bundled emulator if not. No kernel has run on hardware yet.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-import importlib.util
-from collections.abc import Callable
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,34 +26,63 @@ if TYPE_CHECKING:
 
 REFERENCE = ReferenceBackend()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE_TYPES = ("neuron", "xla", "privateuseone")
+DEVICE_TYPES = ("neuron", "xla")
+#: Distributions that a reader of a report from a Neuron machine needs the versions of.
+PACKAGES = ("nki", "neuronx-cc", "torch-neuronx", "torch-xla", "libneuronxla")
 
 
 @functools.cache
-def _sdk() -> bool:
-    """Whether the Neuron SDK's own nki is installed; PyPI's package of that name is an empty placeholder."""
-    try:
-        spec = importlib.util.find_spec("nki.isa")
-        return spec is not None and spec.name == "nki.isa"  # the emulator's alias keeps its own name
-    except ModuleNotFoundError:
-        return False
-
-
-@functools.cache
-def _emulator() -> tuple[Any, str | None]:
+def _modules() -> tuple[Any, Any, str | None]:
+    """(the emulator or None, the Neuron SDK's nki or None, why there is neither)."""
     try:
         from isotile import nki_emulator
     except ImportError as error:
-        return None, f"the NKI emulator does not import ({error}); pip install isotile[nki]"
-    nki_emulator.install()
-    return nki_emulator, None
+        return None, None, f"the NKI emulator does not import ({error}); pip install isotile[nki]"
+    if nki_emulator.install():
+        return nki_emulator, None, None
+    return nki_emulator, nki_emulator.real_nki(), None
+
+
+def devices() -> list[str]:
+    """The Neuron device types that PyTorch has here."""
+    found = []
+    module = getattr(torch, "neuron", None)
+    if module is not None and torch._C._get_privateuse1_backend_name() == "neuron" and module.is_available():
+        found.append("neuron")
+    with contextlib.suppress(ModuleNotFoundError):  # no torch-xla: no xla device, which is not an error
+        # torch-xla serves other chips too; libneuronxla is what makes it serve Neuron's.
+        importlib.import_module("libneuronxla")
+        importlib.import_module("torch_xla")
+        found.append("xla")
+    return found
+
+
+#: Inside `modelling`, the reports of the launches so far.
+MODELLING: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("isotile_nki_modelling", default=None)
+
+
+@contextlib.contextmanager
+def modelling() -> Iterator[list[Any]]:
+    """Calls on this backend are traced, not computed: results are left as they are. Gives each launch's reports."""
+    runs: list[Any] = []
+    token = MODELLING.set(runs)
+    try:
+        yield runs
+    finally:
+        MODELLING.reset(token)
+
+
+def _traced(module: Any, tensors: dict, scalars: dict, outs: dict, target: str, cores: int) -> Any:
+    """One report for each core of a launch. Kernels whose loops depend on values are computed for it."""
+    emulator = _modules()[0]
+    dry = not getattr(module, "NEEDS_VALUES", False)
+    with emulator.session(target, dry=dry) as seen:
+        module.run(**tensors, **scalars, outs=outs, cores=cores)
+    return seen.runs
 
 
 class NkiBackend:
-    """One target of the emulator, with one or two cores.
-
-    No kernel has run on Neuron hardware yet, so tensors on a Neuron device are refused, not tried.
-    """
+    """The target and the number of cores are the emulator's and the simulator's; on a device they are the machine's."""
 
     name = "nki"
 
@@ -56,13 +93,15 @@ class NkiBackend:
         return device_type in DEVICE_TYPES
 
     def unavailable(self, device_type: str) -> str | None:
-        if device_type in DEVICE_TYPES:
-            return "launching on a Neuron device is not supported yet; cpu tensors run in the bundled emulator"
-        if device_type != "cpu":
+        if device_type not in (*DEVICE_TYPES, "cpu"):
             return f"runs on Neuron devices and, emulated, on cpu tensors, got {device_type}"
-        if _sdk():
-            return "the Neuron SDK is installed, and running its simulator is not supported yet"
-        return _emulator()[1]
+        _, sdk, reason = _modules()
+        if device_type in DEVICE_TYPES and sdk is None:
+            return (
+                f"{device_type} tensors need the Neuron SDK's nki package, which does not import here (PyPI's nki is "
+                "an empty placeholder; the SDK is on AWS's package index)"
+            )
+        return reason
 
     def refuses(self, request: Request) -> str | None:
         lowered = request.lowered
@@ -79,7 +118,6 @@ class NkiBackend:
         module = registry.kernel_module("nki", lowered.kernel)
         names = (*request.spec.tensors, *request.spec.results)
         outs = {n: None if v is None else str(v.dtype).removeprefix("torch.") for n, v in lowered.outs.items()}
-        emulator, _ = _emulator()
 
         def at(tensors: tuple[torch.Tensor | None, ...], view: View) -> torch.Tensor:
             tensor = tensors[names.index(view.source)]
@@ -92,17 +130,63 @@ class NkiBackend:
 
         def run(*tensors: torch.Tensor | None) -> None:
             given = {n: None if v is None else at(tensors, v) for n, v in lowered.tensors.items()}
-            with emulator.session(self.target, record=False):
-                results = module.run(**given, **lowered.scalars, outs=outs, cores=self.cores)
+            if (model := MODELLING.get()) is not None:
+                model.append(_traced(module, given, lowered.scalars, outs, self.target, self.cores))
+                return
+            with self._launching(request.device.type) as cores:
+                results = module.run(**given, **lowered.scalars, outs=outs, cores=cores)
             for name, view in lowered.outs.items():
                 if view is not None:
                     at(tensors, view).copy_(results[name].reshape(view.shape))
 
         return run
 
+    @contextlib.contextmanager
+    def _launching(self, device_type: str) -> Iterator[int]:
+        """What a launch needs in force on this device type; gives the number of cores."""
+        emulator, sdk, _ = _modules()
+        if device_type in DEVICE_TYPES:
+            yield int(os.environ.get("NEURON_LOGICAL_NC_CONFIG", "1"))
+        elif sdk is None:
+            with emulator.session(self.target, record=False):
+                yield self.cores
+        else:
+            with _environment(NKI_SIMULATOR="1", NEURON_PLATFORM_TARGET_OVERRIDE=self.target):
+                yield self.cores
+
     def dtypes(self, kernel: str) -> tuple[torch.dtype, ...]:
         return DTYPES if kernel in registry.kernel_names("nki") else ()
 
     def info(self) -> dict[str, Any]:
-        _, reason = _emulator()
-        return {} if reason else {"runs_in": "bundled emulator", "target": self.target, "cores": self.cores}
+        emulator, sdk, reason = _modules()
+        if reason is not None:
+            return {}
+        versions = {}
+        for package in PACKAGES if sdk is not None else ():
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package.replace("-", "_")] = importlib.metadata.version(package)
+        if sdk is not None and (present := devices()):
+            cores = int(os.environ.get("NEURON_LOGICAL_NC_CONFIG", "1"))
+            return {"runs_in": f"hardware ({', '.join(present)} tensors)", "cores": cores, **versions}
+        if sdk is not None:
+            return {"runs_in": "the Neuron SDK's simulator", "target": self.target, "cores": self.cores, **versions}
+        return {
+            "runs_in": "bundled emulator",
+            "emulates": f"NKI {emulator.API_LEVEL}",
+            "target": self.target,
+            "cores": self.cores,
+        }
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -154,3 +154,46 @@ def estimate(trace: Iterable, generation: int) -> Estimate:
         if engine == "dma":
             result.hbm_bytes += instruction.info["hbm_read"] + instruction.info["hbm_write"]
     return result
+
+
+def summary(runs: Iterable) -> dict:
+    """What a sequence of launches (`session.runs`: a report for each core of each) is modelled to take, in seconds.
+
+    A launch takes as long as its slower core. `busy_s` is of the slower cores, engine by engine.
+    """
+    busy = dict.fromkeys(ENGINES, 0.0)
+    total = serial = 0.0
+    hbm_bytes, launches, cores, generation, sbuf, psum = 0, 0, 1, 0, 0, 0
+    for reports in runs:
+        estimates = [estimate(r.trace, r.generation) for r in reports]
+        slowest = max(estimates, key=lambda e: e.overlapped_us)
+        total += slowest.overlapped_us / 1e6
+        serial += slowest.serial_us / 1e6
+        for engine, us in slowest.busy_us.items():
+            busy[engine] += us / 1e6
+        hbm_bytes += sum(e.hbm_bytes for e in estimates)
+        launches, cores, generation = launches + 1, len(reports), slowest.generation
+        sbuf = max(sbuf, *(r.peak_sbuf_bytes for r in reports))
+        psum = max(psum, *(r.peak_psum_banks for r in reports))
+    return {
+        "generation": generation,
+        "cores": cores,
+        "launches": launches,
+        "overlapped_s": total,
+        "serial_s": serial,
+        "busy_s": busy,
+        "critical": max(busy, key=busy.__getitem__),
+        "hbm_bytes": hbm_bytes,
+        "peak_sbuf_bytes": sbuf,
+        "peak_psum_banks": psum,
+    }
+
+
+def shares(summed: dict, flops: float, useful_bytes: float) -> dict:
+    """A summary's useful work against the peaks of its cores over the overlapped time."""
+    rates = RATES[summed["generation"]]
+    time_us = summed["overlapped_s"] * 1e6 * summed["cores"]
+    return {
+        "tensor_share": flops / (rates.tensor_flops_per_us * time_us),
+        "hbm_share": useful_bytes / (rates.hbm * 1e3 * time_us),
+    }
