@@ -9,6 +9,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from isotile import nki_emulator
 from isotile.nki_emulator import cost
@@ -146,3 +147,18 @@ def test_published_measurements_lie_between_the_bounds():
     assert found.critical == "dma"
     without_overlap = flops / (cost.RATES[2].tensor_flops_per_us * found.serial_us)
     assert without_overlap <= 0.1098 <= found.tensor_share(flops)
+
+
+def test_bench_rows_of_an_emulated_chip_are_modelled_never_measured():
+    """`isotile bench --backends nki`: no time was taken, so none is shown where measured ones stand."""
+    from isotile.bench import contenders, modelled, workloads
+
+    (forward,) = workloads.select(["matmul"], ["odd_tails"], [torch.bfloat16], ["forward"], False)
+    backward = workloads.Workload(forward.spec, forward.case, forward.dtype, "backward")
+    rows = [modelled.row(modelled.ours("nki"), w) for w in (forward, backward)]
+    for row in rows:
+        assert row["status"] == "modelled" and row["reason"].endswith("Not measured")
+        assert not {"median_s", "q1_s", "gb_per_s", "tflops", "roofline_share", "speed_vs"} & set(row)
+        assert 0 < row["modelled"]["overlapped_s"] < row["modelled"]["serial_s"]
+    assert rows[0]["modelled"]["launches"] == 1 and rows[1]["modelled"]["launches"] == 2
+    assert not isinstance(modelled.ours("cpu"), modelled.Modelled) and isinstance(modelled.ours("cpu"), contenders.Ours)

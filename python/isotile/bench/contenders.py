@@ -32,9 +32,11 @@ class Contender:
     Attributes:
         name: `"cpu"`, `"torch"`.
         ours: whether it is isotile, which must agree within the derived bound.
+        modelled: whether its rows are modelled, not measured (see `modelled.py`).
     """
 
     ours = False
+    modelled = False
 
     def __init__(self, name: str) -> None:
         self.name = name

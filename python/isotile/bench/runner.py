@@ -12,7 +12,7 @@ import torch
 
 from ..errors import BackendError
 from ..testing.compare import Disagreement
-from . import timing
+from . import modelled, timing
 from .agreement import Agreement, Judge, backward_bytes, backward_flops
 from .contenders import Compiled, Contender, Prepared, Unserved
 from .machine import Peaks, last_level_cache
@@ -36,13 +36,18 @@ class Runner:
         self.cache_bytes = 0 if warm else last_level_cache()
 
     def rows(self, workload: Workload) -> list[Row]:
-        """A row for each contender. `status`: "ok", "wrong" (no figures), "unserved" or "error" (with the reason)."""
+        """A row for each contender. `status`: "ok"; "modelled" (figures of another kind), "wrong" (no figures),
+        "unserved" or "error", with the reason."""
+        found = [modelled.row(c, workload) for c in self.contenders if c.modelled]
+        contenders = [c for c in self.contenders if not c.modelled]
+        if not any(c.ours for c in contenders) and found:
+            return found
         backward = workload.direction == "backward"
         inputs = Inputs(workload, self.cache_bytes, needs_grad=backward)
         judge = Judge(workload, inputs)
         checked: dict[str, tuple[Prepared, Agreement, float]] = {}
         failed: dict[str, Row] = {}
-        for contender in self.contenders:
+        for contender in contenders:
             if isinstance(contender, Compiled):
                 contender.forget()
             row: Row = {"status": "ok", "reason": None}
@@ -67,8 +72,7 @@ class Runner:
         timers = {n: timing.Timer(prepared.calls, contexts[n]) for n, (prepared, _, _) in timed.items()}
         summaries = timing.measure(timers, self.effort) if timers else {}
         flops, moved = self._work(workload, inputs, judge, timed)
-        found = []
-        for contender in self.contenders:
+        for contender in contenders:
             name = contender.name
             row = {
                 "kind": "row", "op": workload.spec.name, "case": workload.case.name, "dtype": workload.key[2],

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 #: where the output is not a terminal
 WIDTH = 140
-COLOURS = {"wrong": "bold red", "error": "bold red", "unserved": "yellow"}
+COLOURS = {"wrong": "bold red", "error": "bold red", "unserved": "yellow", "modelled": "cyan"}
 
 
 def seconds(value: float | None) -> str:

@@ -5,8 +5,8 @@ partition, at least 64 cycles), with the automatic modes of the Vector engine fr
 from gen3 on Vector takes 256 float32 (512 16-bit) elements a cycle, so an operation with two SBUF inputs costs N
 rather than 2N, and N / 2 in the documented 2x mode; GpSimd, with 128, keeps 2N. DMA time is bytes over the practical
 rate, cut in proportion below 2 KiB contiguous and below 128 partitions; HBM traffic is also held against the core's
-share of the chip's bandwidth. The kernel cannot be faster than its busiest engine (`overlapped_us`), nor slower than
-all of them in turn (`serial_us`).
+share of the chip's bandwidth. The kernel cannot be faster than its busiest engine with a DMA's start
+before and after (`overlapped_us`), nor slower than all of them in turn (`serial_us`).
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ class Estimate:
 
     @property
     def overlapped_us(self) -> float:
-        """With perfect overlap of the engines: the busiest one's time."""
-        return max(self.busy_us.values())
+        """With perfect overlap of the engines: the busiest one's time, between the first load's start and the last
+        store's."""
+        return max(self.busy_us.values()) + (2 * DMA_START_US if self.instructions["dma"] else 0.0)
 
     @property
     def serial_us(self) -> float:
