@@ -42,7 +42,7 @@ class Plan:
     spec in order (None where absent), and fills the results.
     """
 
-    __slots__ = ("backend", "empty", "outs", "passed_over", "run")
+    __slots__ = ("backend", "empty", "meta", "outs", "passed_over", "run", "state")
 
     def __init__(
         self,
@@ -55,6 +55,8 @@ class Plan:
         self.run = run
         self.outs = outs
         self.passed_over = passed_over
+        self.state: State | None = None  # the state and the signature that it is for, which the backward pass needs
+        self.meta: dict[str, Any] = {}
         self.empty = tuple(
             None if o is None else (o.shape, o.strides, o.dtype, o.device) for o in outs
         )  # torch.empty_strided's arguments

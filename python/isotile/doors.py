@@ -1,7 +1,7 @@
 """The public functions, made from the specs.
 
-A door is compiled from a template for each operator, so that an eager call on plain tensors costs a handful of
-attribute reads, one dictionary look-up and the plan itself.
+A door is compiled from a template for each operator: it takes the operator's short way (`fast_path`) where that is
+open, else the long one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from . import dispatch, library, registry
+from . import dispatch, fast_path, library, registry
 from .library import Operator
-from .state import CURRENT
 
 
 def _refuse_out(name: str) -> None:
@@ -44,7 +43,7 @@ def _slow(op: Operator, overload: str, values: tuple[Any, ...], out: Any, pick: 
             f"isotile.{op.spec.name}: out: wanted {len(pick)} tensor{plural} ({', '.join(pick)}), got {len(outs)}"
         )
     lazy = any(isinstance(t, torch.Tensor) and t.is_neg() for t in tensors)
-    if torch.compiler.is_compiling() or library.special() or lazy:
+    if torch.compiler.is_compiling() or fast_path.special() or lazy:
         results = op.route(overload, values)
         chosen = [results[names.index(n)] for n in pick]
         dispatch.check_outs(op.spec, outs, chosen)
@@ -64,18 +63,7 @@ def make(name: str) -> Callable[..., Any]:
 def _generated(name: str) -> Callable[..., Any]:
     op = library.operator(name)
     spec = op.spec
-    namespace: dict[str, Any] = {
-        "_op": op,
-        "_plans": op.plans,
-        "_PLAIN": library.PLAIN,
-        "_special": library.special,
-        "_slow": functools.partial(_slow, op),
-        "_compiling": torch.compiler.is_compiling,
-        "_grad": torch.is_grad_enabled,
-        "_state": CURRENT.get,
-        "_empty": torch.empty_strided,
-    }
-    shape = next((n for n, s in spec.scalars.items() if s.star is not None), None)
+    namespace: dict[str, Any] = {"_fast": op.fast, "_slow": functools.partial(_slow, op)}
     signature, keyword_only = [], False
     for parameter in spec.signature.parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
@@ -88,62 +76,22 @@ def _generated(name: str) -> Callable[..., Any]:
             namespace[f"_default_{parameter.name}"] = default
             signature.append(f"{parameter.name}=_default_{parameter.name}")
     signature.extend(["out=None"] if keyword_only else ["*", "out=None"])
-
-    values = "(" + ", ".join(op.parameters) + ",)"
-    tensors = [n for n in op.parameters if n in spec.tensors]
-    optional = {n for n in tensors if spec.tensors[n].optional}
-    plain = " and ".join(
-        f"({n} is None or type({n}) in _PLAIN and not {n}.is_neg())"
-        if n in optional
-        else f"type({n}) in _PLAIN and not {n}.is_neg()"
-        for n in tensors
-    )
-    grads = " or ".join(
-        f"({n} is not None and {n}.requires_grad)" if n in optional else f"{n}.requires_grad" for n in tensors
-    )
-    key = []
-    for n in op.parameters:
-        if n in spec.tensors:
-            entry = f"({n}.shape, {n}.stride(), {n}.dtype, {n}.device)"
-            key.append(f"None if {n} is None else {entry}" if n in optional else entry)
-        else:
-            key.append(n)
+    values = ", ".join(op.parameters)
     overload = '"default"'
     for switch in op.switches:
         overload = f'"{switch}" if {switch} is not None else {overload}'
-
-    def body(results: tuple[str, ...]) -> list[str]:
-        lines = []
-        passed = dict.fromkeys(spec.results, "None")
-        for i, r in enumerate(spec.results):
-            if r in results:
-                lines.append(f"_s = _e[{i}]")
-                lines.append(f"_r{i} = _empty(_s[0], _s[1], dtype=_s[2], device=_s[3])")
-                passed[r] = f"_r{i}"
-        lines.append(f"_plan.run({', '.join([*tensors, *passed.values()])})")
-        kept = [passed[r] for r in results]
-        lines.append(f"return {', '.join(kept)}")
-        return lines
-
     source = [f"def {name}({', '.join(signature)}):"]
+    shape = next((n for n, s in spec.scalars.items() if s.star is not None), None)
     if shape is not None:
         source += [f"    if {shape}.__class__ is int:", f"        {shape} = ({shape},)"]
         source += [f"    elif {shape}.__class__ is list:", f"        {shape} = tuple({shape})"]
     source += [
-        "    if not _compiling() and out is None and " + plain + " and not _special():",
-        f"        if not (_grad() and ({grads})):",
-        "            try:",
-        f"                _plan = _plans.get(({overload}, _state(), {', '.join(key)}, None))",
-        "            except TypeError:  # an unhashable argument: the slow way names it",
-        "                _plan = None",
-        "            if _plan is not None:",
-        "                _e = _plan.empty",
+        "    if out is None:",
+        f"        _results = _fast({values})",
+        "        if _results is not None:",
+        "            return _results[0] if len(_results) == 1 else _results",
+        f"    return _slow({overload}, ({values},), out)",
     ]
-    for switch in op.switches:
-        source.append(f"                if {switch} is not None:")
-        source += [f"                    {line}" for line in body(tuple(spec.results_of(switch)))]
-    source += [f"                {line}" for line in body(tuple(spec.results_of("default")))]
-    source.append(f"    return _slow({overload}, {values}, out)")
     text = "\n".join(source) + "\n"
     filename = f"{__file__.removesuffix('doors.py')}ops/{name}.door"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
@@ -161,10 +109,13 @@ def _wrapped(name: str) -> Callable[..., Any]:
     translate = op.spec.door
     assert translate is not None
     translate.__qualname__ = name  # Python's own TypeErrors name the public function
+    fast, names = op.fast, tuple(op.spec.results_of("default"))
 
     @functools.wraps(translate)
     def door(*args: Any, out: Any = None, **kwargs: Any) -> Any:
         values, pick = translate(*args, **kwargs)
+        if out is None and (results := fast(*values)) is not None and len(results) == len(names):
+            return results[0] if pick == names[:1] else tuple(results[names.index(n)] for n in pick)
         return _slow(op, op.overload_of(values), values, out, pick)
 
     signature = inspect.signature(translate)

@@ -20,7 +20,8 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
-from . import dispatch, registry
+from . import dispatch, fast_path, registry
+from .fast_path import PLAIN, special
 from .spec import OpSpec, Tensor
 from .state import CURRENT, State
 
@@ -34,20 +35,6 @@ AUTOCAST_KEYS = {
     "AutocastXLA": "xla",
     "AutocastPrivateUse1": "privateuseone",
 }
-
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-
-
-def special() -> bool:
-    """Whether anything is in force that only PyTorch's dispatcher knows how to handle."""
-    return (
-        torch._C._is_any_autocast_enabled()
-        or peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-    )
 
 
 class Operator:
@@ -71,6 +58,7 @@ class Operator:
         self.functions: dict[str, tuple[type, type]] = {}
         for overload in spec.overloads:
             self._register(overload)
+        self.fast = fast_path.compiled(self)
 
     # --- running ---------------------------------------------------------------------------------------------------
 
@@ -95,6 +83,7 @@ class Operator:
             found = dispatch.make_plan(
                 self.spec, overload, dict(zip(self.parameters, values, strict=True)), outs, state
             )
+            found.state, found.meta = state, self.meta(values)
             self.plans[key] = found
         return found
 
@@ -131,6 +120,10 @@ class Operator:
         bound.apply_defaults()
         return tuple(bound.arguments.values())
 
+    def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """`bind` for isotile's own calls, where names are right: a fraction of the time."""
+        return (*args, *[kwargs[n] if n in kwargs else self.defaults[n] for n in self.parameters[len(args) :]])
+
     def overload_of(self, values: tuple[Any, ...]) -> str:
         for switch in self.switches:
             if values[self.parameters.index(switch)] is not None:
@@ -165,7 +158,8 @@ class Operator:
         return self.dispatched(overload, values)
 
     def differentiable(self, overload: str, values: tuple[Any, ...], kind: int) -> tuple[torch.Tensor, ...]:
-        results = self.functions[overload][kind].apply(*values)  # type: ignore[attr-defined]
+        function: Any = self.functions[overload][kind]
+        results = function.apply(*values) if kind else function.apply(self.plan(overload, values, None), *values)
         return results if isinstance(results, tuple) else (results,)
 
     def dispatched(self, overload: str, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
@@ -233,9 +227,12 @@ class Operator:
             **dict(zip(self.parameters, values, strict=True)),
             **dict(zip(self.spec.results_of(overload), results, strict=True)),
         }
+        return {n: everything[n] for n in self.saved_names(overload)}
+
+    def saved_names(self, overload: str) -> tuple[str, ...]:
         if self.spec.backward is None:
-            return {n: everything[n] for n in self.spec.tensors}
-        return {n: everything[n] for n in self.spec.saves.get(overload, self.spec.saves["default"])}
+            return tuple(self.spec.tensors)
+        return self.spec.saves.get(overload, self.spec.saves["default"])
 
     def gradients(
         self,
@@ -455,35 +452,40 @@ def _same_traced(a: Any, b: Any) -> bool:
 
 def _eager_function(operator: Operator, overload: str) -> type:
     """Autograd around a plan; not composable with functorch, and half as dear as the function that is."""
-    parameters, spec = operator.parameters, operator.spec
-    fixed = [n for n, r in spec.results_of(overload).items() if not r.differentiable]
+    spec, parameters = operator.spec, operator.parameters
     names = list(spec.results_of(overload))
+    fixed = [i for i, n in enumerate(names) if not spec.results[n].differentiable]
+    positions, kept = operator.tensor_positions, operator.result_positions[overload]
+    constants = [i for i in positions if not spec.tensors[parameters[i]].differentiable]
+    saved = operator.saved_names(overload)
+    from_values = [parameters.index(n) for n in saved if n in spec.args]
+    from_results = [names.index(n) for n in saved if n not in spec.args]
+    saved = tuple([parameters[i] for i in from_values] + [names[i] for i in from_results])  # as they are saved
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *values: Any) -> Any:
-            operator.refuse_gradient(values)
-            results = operator.execute(overload, values)
-            saved = operator.save(overload, values, results)
-            ctx.saved_names = tuple(saved)
-            ctx.save_for_backward(*saved.values())
-            ctx.meta = operator.meta(values)
-            ctx.state = CURRENT.get()
+        def forward(ctx: Any, plan: dispatch.Plan, *values: Any) -> Any:
+            for i in constants:
+                if values[i] is not None and values[i].requires_grad:
+                    operator.refuse_gradient(values)
+            filled = [None if out is None else out.empty() for out in plan.outs]
+            plan.run(*[values[i] for i in positions], *filled)
+            results = tuple([values[positions[0]].new_empty(0) if (f := filled[i]) is None else f for i in kept])
+            ctx.save_for_backward(*[values[i] for i in from_values], *[results[i] for i in from_results])
+            ctx.plan = plan
             ctx.set_materialize_grads(False)
             if fixed:
-                ctx.mark_non_differentiable(*[results[names.index(n)] for n in fixed])
+                ctx.mark_non_differentiable(*[results[i] for i in fixed])
             return results if len(results) > 1 else results[0]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             if all(g is None for g in grads):
-                return (None,) * len(parameters)
-            saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
-            needs = {
-                n: bool(need) for n, need in zip(parameters, ctx.needs_input_grad, strict=True) if n in spec.tensors
-            }
-            found = operator.gradients(overload, saved, ctx.meta, grads, needs, ctx.state)
-            return tuple(found.get(n) for n in parameters)
+                return (None,) * (1 + len(parameters))
+            values = dict(zip(saved, ctx.saved_tensors, strict=True))
+            needs = {parameters[i]: ctx.needs_input_grad[i + 1] for i in positions}
+            found = operator.gradients(overload, values, ctx.plan.meta, grads, needs, ctx.plan.state)
+            return (None, *[found.get(n) for n in parameters])
 
     Eager.__name__ = Eager.__qualname__ = f"{spec.name}_{overload}"
     return Eager
@@ -544,8 +546,9 @@ def operator(name: str) -> Operator:
 def call(name: str, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     """Call an operator by name, whatever is in force: how gradient formulae reach the backward operators."""
     op = operator(name)
-    values = op.bind(args, kwargs)
-    return op.route(op.overload_of(values), values)
+    values = op.fill(args, kwargs)
+    results = op.fast(*values)
+    return op.route(op.overload_of(values), values) if results is None else results
 
 
 def register_all() -> None:
