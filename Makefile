@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test deep mutants sanitize bench lint wheel clean
+.PHONY: demo test deep mutants sanitize bench bench-cpu lint wheel clean
 
 demo: $(VENV)/built-demo
 	$(BIN)/python -m isotile demo
@@ -28,6 +28,10 @@ sanitize: $(VENV)/built-test
 
 bench: $(VENV)/built-demo
 	$(BIN)/python -m isotile bench
+
+# The CPU table: every row beside every rival that is installed, on one thread and on all.
+bench-cpu: $(VENV)/built-test
+	$(BIN)/python -m isotile bench --suite cpu --out bench/results
 
 lint: $(VENV)/built-test
 	$(BIN)/ruff check .

@@ -22,12 +22,17 @@ import isotile
 from isotile import dispatch, library, registry
 from isotile.backends import BACKENDS
 from isotile.backends.reference import ReferenceBackend
-from isotile.bench import compare, main, records, runner, timing
+from isotile.bench import compare, main, memory, money, records, runner, timing
 from isotile.bench import machine as machine_module
 from isotile.bench.agreement import Judge, relative_error
+from isotile.bench.contenders import Ours, Prepared, Unserved
+from isotile.bench.peers import RIVALS
 from isotile.bench.rivals import EXPRESSIONS, torch_expression
-from isotile.bench.workloads import Inputs, UsageError, select
+from isotile.bench.suites import SUITES
+from isotile.bench.workloads import Inputs, UsageError, Workload, select, tokens_of
+from isotile.record import load
 from isotile.spec import Case
+from isotile.testing.recipes import build, dtype_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _browser
@@ -312,9 +317,6 @@ def test_options_of_a_case_reach_the_public_function(plant):
     shapes = {"query": (2, 4, 5, 8), "key": (2, 2, 9, 8), "value": (2, 2, 9, 8)}
     options = {"is_causal": True, "causal_alignment": "bottom_right", "window_left": 3}
     case = Case("here", "bench", {**shapes, **options}, (torch.float32,))
-    from isotile.bench.contenders import Ours, Prepared
-    from isotile.bench.workloads import Workload
-
     workload = Workload(spec, case, torch.float32, "forward")
     inputs = Inputs(workload, 0, False)
     ours = Ours("planted")
@@ -445,7 +447,7 @@ def written_run(tmp_path):
     writer = records.Writer(tmp_path, {**machine_module.provenance(["softmax"]), "effort": {}, "warm": False})
     base = {
         "kind": "row", "op": "softmax", "dtype": "float32", "direction": "forward", "shapes": {"x": [4, 8]},
-        "flops": 256, "bytes": 256, "against": "truth", "cold": False, "threads": 1,
+        "flops": 256, "bytes": 256, "against": "truth", "cold": False, "threads": 1, "device": "cpu", "tokens": 4,
     }  # fmt: skip
     for i in range(12):
         figures = {
@@ -453,12 +455,13 @@ def written_run(tmp_path):
             "tflops": 2e-5 / (1 + i), "roofline_share": 0.1, "quiet": True,
         }  # fmt: skip
         ratio = {"torch": {"median": 0.5 + i / 4, "q1": 0.4 + i / 4, "q3": 0.6 + i / 4, "quiet": True}}
+        figures["sweep"] = ("n", 2**i) if i < 5 else None
         writer.write({**base, **figures, "case": f"case{i}", "contender": "cpu", "ours": True, "speed_vs": ratio})
         writer.write({**base, **figures, "case": f"case{i}", "contender": "torch", "ours": False})
     bad = {"status": "wrong", "reason": "</script><b>planted</b>", "case": "bad", "contender": "cpu", "ours": True}
     writer.write({**base, **bad})
     peaks = {"bandwidth": 1e10, "float32": 1e11, "date": "2026-01-01T00:00:00+00:00"}
-    writer.write({"kind": "end", "complete": True, "peaks": peaks})
+    writer.write({"kind": "end", "complete": True, "peaks": {"1": peaks}})
     writer.close()
     return writer.jsonl
 
@@ -477,7 +480,7 @@ def test_report_is_one_file_with_all_rows(tmp_path, monkeypatch, capsys):
     spelled = re.search(r"const DATA = (.*);\n", text)
     assert spelled is not None
     data = json.loads(spelled[1])
-    assert len(data["rows"]) == 25 and data["peaks"]["float32"] == 1e11
+    assert len(data["rows"]) == 25 and data["peaks"]["1"]["float32"] == 1e11
     assert main(["report", str(tmp_path / "absent.jsonl")]) == 2
 
 
@@ -493,12 +496,14 @@ def test_report_says_what_it_misses(tmp_path, monkeypatch, capsys):
 def test_report_draws_in_a_browser(tmp_path, size, dark):
     pytest.importorskip("plotly", reason="the plotting library is not installed")
     path = written_run(tmp_path)
-    assert main(["report", str(path)]) == 0
+    assert main(["report", str(path), "--price", "cpu=3.6"]) == 0
     with _browser.opened(path.with_suffix(".html"), size, dark) as page:
         table = page.locator("#rows tr")
         assert table.count() == 25
         assert page.locator("#bars .point").count() >= 12  # a bar for each ratio
         assert page.locator("#roofline .point").count() >= 12
+        assert page.locator("#curves .point").count() == 10  # five sizes of two contenders
+        assert page.locator("#titles button", has_text="$ / 1M calls").count() == 1
         assert _browser.overflow(page) <= 0
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(255, 255, 255)") != dark
@@ -510,6 +515,293 @@ def test_report_draws_in_a_browser(tmp_path, size, dark):
         assert table.count() == 2
         page.get_by_label("contender").select_option("torch")
         assert table.count() == 1
+
+
+# --- rivals ----------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "linear": [{"x": (5, 24), "weight": (16, 24)}],
+    "matmul": [{"a": (5, 24), "b": (24, 16)}],
+    "layer_norm": [{"x": (7, 32), "normalized_shape": (32,), "weight": (32,), "bias": (32,)}],
+    "rms_norm": [{"x": (7, 32), "normalized_shape": (32,), "weight": (32,), "weight_offset": 1.0}],
+    "softmax": [{"x": (7, 33), "dim": -1}],
+    "attention": [
+        {"query": (2, 4, 9, 16), "key": (2, 4, 9, 16), "value": (2, 4, 9, 16), "is_causal": True},
+        {"query": (2, 4, 9, 16), "key": (2, 4, 9, 16), "value": (2, 4, 9, 16), "scale": 0.2},
+        {"query": (2, 4, 9, 16), "key": (2, 2, 9, 16), "value": (2, 2, 9, 16), "is_causal": True},
+        {"query": (1, 4, 1, 16), "key": (1, 2, 9, 16), "value": (1, 2, 9, 16)},
+    ],
+}
+SERVED = {
+    "torch-math": ["attention"],
+    "onednn": ["linear", "matmul"],
+    "onnxruntime": ["linear", "matmul", "layer_norm", "rms_norm", "softmax", "attention"],
+}
+
+
+@pytest.mark.parametrize(("rival", "op"), [(r, op) for r, ops in SERVED.items() for op in ops])
+def test_rival_is_the_same_function(rival, op):
+    contender = RIVALS[rival](rival)
+    reason = contender.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    for args in SMALL[op]:
+        workload = Workload(registry.spec(op), Case("here", "bench", args), torch.float32, "forward")
+        inputs = Inputs(workload, 0, False)
+        with contender.context(), torch.no_grad():
+            found = contender.bind(workload.spec, inputs.sets[0])()
+        truth = Judge(workload, inputs).expected
+        assert relative_error(found, next(iter(truth.values())).truth) < 1e-5
+
+
+@pytest.mark.parametrize("rival", sorted(RIVALS))
+def test_rival_says_what_it_does_not_take(rival):
+    """Options that a library lacks are refused, not dropped: attention with sinks and a window, a biased product."""
+    contender = RIVALS[rival](rival)
+    shapes = {"query": (1, 2, 4, 8), "key": (1, 2, 4, 8), "value": (1, 2, 4, 8), "sinks": (2,), "window_left": 0}
+    workload = Workload(registry.spec("attention"), Case("here", "bench", shapes), torch.float32, "forward")
+    with pytest.raises(Unserved):
+        contender.bind(workload.spec, Inputs(workload, 0, False).sets[0])
+
+
+def test_missing_rival_is_named_and_the_others_run(tmp_path, plant, monkeypatch, capsys):
+    plant()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    words = ("softmax", "--backends", "planted", "--dtypes", "float32", "--quick", "--threads", "1")
+    code, about, rows, _ = run(tmp_path, *words, "--against", "flash-attn,torch")
+    said = capsys.readouterr().out
+    assert code == 0 and {r["contender"] for r in rows} == {"planted", "torch"}
+    assert "rival flash-attn is not here" in said and "pip install flash-attn" in said
+    assert "pip install flash-attn" in about["missing_rivals"]["flash-attn"]
+    assert f"rival torch: torch {torch.__version__}" in said
+
+
+# --- threads, money, memory ------------------------------------------------------------------------------------------
+
+
+def test_each_number_of_threads_has_rows_and_a_roofline(tmp_path, plant):
+    plant()
+    words = ("softmax", "--backends", "planted", "--dtypes", "float32", "--quick", "--threads", "1,2")
+    code, about, rows, end = run(tmp_path, *words)
+    assert code == 0 and about["threads"] == [1, 2]
+    assert [(r["threads"], r["contender"]) for r in rows] == [
+        (1, "planted"), (1, "torch"), (2, "planted"), (2, "torch"),
+    ]  # fmt: skip
+    assert set(end["peaks"]) == {"1", "2"}
+
+
+def test_price_gives_the_cost_of_calls_and_tokens(tmp_path, plant):
+    plant()
+    words = ("layer_norm", "--backends", "planted", "--dtypes", "float32", "--price", "cpu=3.6", *QUICK)
+    _, _, rows, _ = run(tmp_path, *words)
+    ours = by_contender(rows)["planted"]
+    assert ours["tokens"] == 16
+    assert ours["usd_per_million_calls"] == pytest.approx(ours["median_s"] * 1e6 * 0.001)
+    assert ours["usd_per_billion_tokens"] == pytest.approx(ours["median_s"] * 1e9 * 0.001 / 16)
+
+
+def test_price_is_matched_by_kind_or_name_and_wrong_ones_are_named(capsys):
+    prices = money.parse(["H100=2.5", "cpu=0.4"])
+    assert money.price_of(prices, {"device_name": "NVIDIA H100 80GB HBM3"}, {"device": "cuda"}) == 2.5
+    assert money.price_of(prices, {"device_name": "Some Xeon"}, {"device": "cpu"}) == 0.4
+    assert money.price_of(prices, {"device_name": "NVIDIA B200"}, {"device": "cuda"}) is None
+    for wrong in ("cpu", "cpu=0", "cpu=much", "=1"):
+        with pytest.raises(SystemExit):
+            main(["softmax", "--price", wrong])
+        assert "DEVICE=USD_PER_HOUR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "tokens"),
+    [
+        ("linear", {"x": (2, 3, 8), "weight": (4, 8)}, 6),
+        ("matmul", {"a": (2, 3, 8), "b": (8, 4)}, 6),
+        ("softmax", {"x": (2, 3, 8), "dim": -1}, 6),
+        ("rms_norm", {"x": (2, 3, 8), "normalized_shape": (8,)}, 6),
+        ("attention", {"query": (2, 4, 3, 8), "key": (2, 2, 9, 8), "value": (2, 2, 9, 8)}, 6),
+        ("grouped_matmul", {"a": (6, 8), "b": (3, 8, 4), "offsets": (3,)}, 6),
+    ],
+)
+def test_tokens_of_a_call(op, shapes, tokens):
+    workload = Workload(registry.spec(op), Case("here", "bench", shapes), torch.float32, "forward")
+    assert tokens_of(workload.spec, Inputs(workload, 0, False).sets[0]) == tokens
+
+
+@pytest.mark.skipif(not memory.RESET.exists(), reason="reads memory from /proc")
+def test_memory_of_a_call_is_its_peak():
+    def call():
+        big = torch.ones(1 << 24)  # 64 MB that live only inside
+        return big[:1].clone()
+
+    call()
+    assert 60e6 < memory.peak_extra_bytes(call) < 90e6
+    assert memory.peak_extra_bytes(lambda: torch.ones(16)) == 0
+
+
+# --- recorded programs -----------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, torch, isotile
+torch.manual_seed(0)
+x, w = torch.randn(2, 9, 64, requires_grad=True), torch.randn(96, 64, requires_grad=True)
+for _ in range(3):
+    isotile.linear(x, w, activation="gelu").sum().backward()
+with torch.no_grad():
+    heads = torch.randn(1, 9, 4, 16).transpose(1, 2)
+    isotile.attention(heads, heads[:, :2], heads[:, :2], torch.zeros(9, 9), enable_gqa=True, window=(3, None))
+    isotile.grouped_matmul(torch.randn(10, 8), torch.randn(3, 8, 4), torch.tensor([4, 4, 9], dtype=torch.int32))
+    isotile.softmax(torch.randn(4, 8).t().expand(2, 8, 4), dtype=torch.float64)
+sys.exit(len(sys.argv) - 2)
+"""
+
+
+def recorded(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    path = tmp_path / "program.calls.json"
+    assert main(["trace", "--record-only", "--save", str(path), str(program), "an argument"]) == 0
+    return path
+
+
+def test_record_keeps_shapes_layouts_options_and_counts(tmp_path, capsys):
+    path = recorded(tmp_path)
+    calls = {(c.op, len(c.tensors["x" if "x" in c.tensors else next(iter(c.tensors))]["shape"])): c for c in load(path)}
+    assert calls["linear", 3].count == 3 and calls["linear", 3].scalars["activation"] == "gelu"
+    assert calls["matmul_epilogue_backward", 3].count == 3  # the backward pass's own calls
+    attention = next(c for c in load(path) if c.op == "attention")
+    assert attention.tensors["query"]["strides"] == [576, 16, 64, 1]
+    assert attention.tensors["attn_mask"]["shape"] == [9, 9] and attention.scalars["window_left"] == 3
+    grouped = next(c for c in load(path) if c.op == "grouped_matmul")
+    assert grouped.tensors["offsets"]["values"] == [4, 4, 9]
+    softmax = next(c for c in load(path) if c.op == "softmax")
+    assert softmax.scalars["dtype"] == "float64" and softmax.tensors["x"]["strides"] == [0, 1, 8]
+    assert "3 x linear(x 2x9x64 float32, weight 96x64 float32)" in capsys.readouterr().out
+
+
+def test_recorded_calls_are_built_again_exactly(tmp_path):
+    for call in load(recorded(tmp_path)):
+        built = build(call.recipe())
+        assert built.overload == call.overload
+        for name, tensor in call.tensors.items():
+            value = built.values[name]
+            assert list(value.shape) == tensor["shape"] and list(value.stride()) == tensor["strides"]
+            assert dtype_name(value.dtype) == tensor["dtype"]
+            assert "values" not in tensor or value.tolist() == tensor["values"]
+        assert not any(v.isnan().any() for v in built.values.values() if isinstance(v, torch.Tensor))
+        json.dumps(call.recipe())  # what repeats a disagreement
+
+
+def test_trace_measures_what_the_program_called(tmp_path, plant, monkeypatch, capsys):
+    plant()
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    out = tmp_path / "out"
+    words = ["trace", "--backends", "planted", *QUICK, "--out", str(out), str(program), "one argument"]
+    assert main(words) == 0
+    (path,) = out.glob("*.jsonl")
+    about, rows, end = records.read(path)
+    assert end["complete"] and about["command"].startswith("isotile bench trace --backends planted")
+    ours = [r for r in rows if r["ours"]]
+    assert {r["op"] for r in ours} >= {"linear", "matmul", "matmul_epilogue_backward", "attention", "softmax"}
+    assert {r["count"] for r in ours if r["op"] == "linear"} == {3}
+    assert all(r["status"] == "ok" for r in ours)
+    assert "in one pass: planted" in capsys.readouterr().out
+    # The recording serves again, and a kernel that is wrong on the program's own call is found.
+    plant(lambda y, *rest: y.flatten()[:9].add_(1e-2), "grouped_matmul")
+    code, _, rows, _ = run(tmp_path, "--cases", "program.calls.json", "--backends", "planted", *QUICK)
+    assert code == 1 and [r["op"] for r in rows if r["status"] == "wrong"] == ["grouped_matmul"]
+
+
+def test_trace_says_what_went_wrong(tmp_path, capsys):
+    program = tmp_path / "nothing.py"
+    program.write_text("import sys\nsys.exit(3 if len(sys.argv) > 1 else 0)")
+    assert main(["trace", "--record-only", "--save", str(tmp_path / "x.json"), str(program)]) == 2
+    assert "called no isotile operator" in capsys.readouterr().err
+    assert main(["trace", "--record-only", "--save", str(tmp_path / "x.json"), str(program), "more"]) == 2
+    assert "exited with 3" in capsys.readouterr().err
+    (tmp_path / "not.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["--cases", str(tmp_path / "not.json")])
+    assert "wanted a recording" in capsys.readouterr().err
+
+
+def test_record_sees_compiled_and_autocast_calls(tmp_path):
+    compiled = torch.compile(lambda x: isotile.softmax(x) * 2, backend="eager")
+    with isotile.record(tmp_path / "calls.json") as recording:
+        compiled(torch.randn(3, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            isotile.matmul(torch.randn(3, 8), torch.randn(8, 4))
+    assert [c.op for c in recording.calls] == ["softmax", "matmul"]
+    assert load(tmp_path / "calls.json")[1].tensors["a"]["dtype"] == "bfloat16"
+
+
+# --- suites, side by side, the README's table ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", sorted(SUITES))
+def test_suites_are_legal_calls_named_once(suite):
+    found = list(SUITES[suite]())
+    assert len({w.key for w in found}) == len(found) > 50
+    for workload in found:
+        recipe = workload.recipe  # binds the shapes
+        assert recipe["dtype"] == str(workload.dtype).removeprefix("torch.")
+    assert {w.spec.name for w in found} >= {"linear", "attention", "layer_norm", "rms_norm", "softmax"}
+
+
+def test_suite_can_be_narrowed(tmp_path, plant):
+    plant()
+    words = ("linear", "--suite", "cpu", "--cases", "127x*", "--dtypes", "float32", "--backends", "planted")
+    code, _, rows, _ = run(tmp_path, *words, "--quick", "--against", "torch,onednn", "--threads", "1")
+    assert code == 0 and {r["case"] for r in rows} == {"127x129x131"}
+    assert set(by_contender(rows)["planted"]["speed_vs"]) == {"torch", "onednn"}
+
+
+def made_up_run(tmp_path, name, contender, scale, **about):
+    header = {**machine_module.provenance(["softmax"]), "effort": {}, "warm": False, "contenders": {contender: {}}}
+    writer = records.Writer(tmp_path / name, {**header, **about})
+    for case, factor in (("tiny", 1.0), ("large", 8.0)):
+        samples = [scale * factor * (1 + 0.01 * i) for i in range(9)]
+        writer.write({
+            "kind": "row", "op": "softmax", "case": case, "dtype": "float32", "direction": "forward", "ours": True,
+            "contender": contender, "status": "ok", "samples_s": samples, "clean": [True] * 9, "calls": 1,
+            "median_s": samples[4], "tokens": 16, "device": about.get("device", "cpu"), "threads": about["threads"],
+            "roofline_share": 0.5, "quiet": True,
+            "speed_vs": {"torch": {"median": 2.0 * factor, "q1": 1.9, "q3": 2.1, "quiet": True}},
+        })  # fmt: skip
+    writer.write({"kind": "end", "complete": True, "peaks": {}})
+    writer.close()
+    return writer.jsonl
+
+
+def test_two_machines_side_by_side_in_time_and_money(tmp_path, capsys):
+    a = made_up_run(tmp_path, "a", "cpu", 1e-3, threads=2, device_name="Some Xeon")
+    b = made_up_run(tmp_path, "b", "triton", 1e-5, threads=8, device_name="NVIDIA H100", device="cuda")
+    assert main(["compare", str(a), str(b)]) == 1  # nothing is in both
+    assert "no row is in both runs" in capsys.readouterr().out
+    words = ["compare", str(a), str(b), "--match", "cpu=triton", "--price", "cpu=0.1", "--price", "h100=2"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "Some Xeon" in said and "NVIDIA H100" in said and "cpu=triton" in said
+    assert "0.010" in said  # the ratio of times
+    assert "0.200" in said  # and of costs: a hundredth of the time at twenty times the price
+    assert main(["compare", str(b), str(a), "--match", "triton=cpu"]) == 1
+    with pytest.raises(SystemExit):
+        main(["compare", str(a), str(b), "--match", "cpu=nki"])
+
+
+def test_readme_table_is_made_from_a_run(tmp_path, capsys):
+    path = made_up_run(tmp_path, "a", "cpu", 1e-3, threads=2)
+    assert main(["readme", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "| `softmax` forward | **5.66** (2.00 to 16.00) |" in said and "2 threads" in said
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- speed: begin (made) -->\nold\n<!-- speed: end -->\nafter\n")
+    assert main(["readme", str(path), "--write", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- speed: begin (made) -->\n| torch's time") and "old" not in text
+    page.write_text("nothing")
+    assert main(["readme", str(path), "--write", str(page)]) == 2
 
 
 def test_records_are_strict_json(tmp_path):

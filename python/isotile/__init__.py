@@ -12,6 +12,7 @@ from . import registry as _registry
 from .backends import backends
 from .doors import explain
 from .errors import BackendError, FallbackWarning
+from .record import record
 from .state import determinism, use_backend
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "backends",
     "determinism",
     "explain",
+    "record",
     "use_backend",
     *_OPERATORS,
 ]

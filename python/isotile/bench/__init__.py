@@ -14,10 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"isotile bench: {error}; pip install 'isotile[bench]'", file=sys.stderr)
         return 2
-    from . import command, compare, report
+    from . import command, compare, readme, report, traces
 
-    if words[:1] == ["compare"]:
-        return compare.run(words[1:])
-    if words[:1] == ["report"]:
-        return report.run(words[1:])
+    others = {"compare": compare.run, "report": report.run, "readme": readme.run, "trace": traces.run}
+    if words and words[0] in others:
+        return others[words[0]](words[1:])
     return command.run(words)

@@ -302,5 +302,3 @@ def available_bytes() -> int:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-

@@ -12,10 +12,11 @@ from typing import Any
 
 from rich.table import Table
 
-from . import table, timing
+from . import money, table, timing
 from .records import NotARun, read
 
-Key = tuple[str, str, str, str, str]
+#: operator, case, dtype, direction, threads, contender
+Key = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Change:
     low: float
     high: float
     best: float
+    costs: tuple[float | None, float | None] = (None, None)
 
     def slower(self, threshold: float) -> bool:
         # Other load only adds time: where the fastest samples are alike, the machine was busier, not the code slower.
@@ -69,7 +71,7 @@ def relative(row: dict[str, Any], rival: dict[str, Any]) -> list[float]:
 
 
 def key_of(row: dict[str, Any]) -> Key:
-    return row["op"], row["case"], row["dtype"], row["direction"], row["contender"]
+    return row["op"], row["case"], row["dtype"], row["direction"], row.get("threads"), row["contender"]
 
 
 def changes(
@@ -89,7 +91,8 @@ def changes(
             broken.append((key, f"{after['status']}: {after['reason']}"))
             continue
         if rival is None:
-            both.append(change(key, used(before), used(after)))
+            costs = (before.get("usd_per_million_calls"), after.get("usd_per_million_calls"))
+            both.append(dataclasses.replace(change(key, used(before), used(after)), costs=costs))
             continue
         pair = [run.get((*key[:-1], rival)) for run in (a, b)]
         if any(r is None or r["status"] != "ok" for r in pair):
@@ -111,6 +114,11 @@ def parser() -> argparse.ArgumentParser:
         "--relative-to", metavar="RIVAL", help="compare times in units of this rival's (torch) in the same rounds"
     )
     made.add_argument("--all", action="store_true", help="also show rows that did not change")
+    made.add_argument("--match", metavar="A=B", help="compare A's contender with another of B's, as in cpu=triton")
+    made.add_argument(
+        "--price", action="append", default=[], metavar="DEVICE=USD",
+        help="what an hour costs; DEVICE is cpu, cuda, or a part of the name of a processor or GPU",
+    )  # fmt: skip
     return made
 
 
@@ -121,6 +129,10 @@ def run(argv: Sequence[str]) -> int:
         parser().error(f"--threshold: wanted at least 1, got {args.threshold:g}")
     console = table.console()
     try:
+        prices = money.parse(args.price)
+    except money.PriceError as error:
+        parser().error(f"--price: {error}")
+    try:
         (run_a, rows_a, end_a), (run_b, rows_b, end_b) = read(args.a), read(args.b)
     except (OSError, NotARun) as error:
         console.print(f"isotile bench compare: {error}", markup=False)
@@ -128,13 +140,27 @@ def run(argv: Sequence[str]) -> int:
     for name, about, end in (("A", run_a, end_a), ("B", run_b, end_b)):
         note = "" if end is not None and end["complete"] else "; incomplete"
         console.print(
-            f"{name}: {about['date']}, isotile {about['isotile']}, torch {about['torch']}, {about['processor']}, "
-            f"{about['threads']} threads{note}",
+            f"{name}: {about['date']}, isotile {about['isotile']}, torch {about['torch']}, {_device(about)}, "
+            f"threads {about['threads']}{note}",
             markup=False,
         )
+    for about, rows in ((run_a, rows_a), (run_b, rows_b)):
+        for row in rows:
+            money.add(prices or about.get("prices", {}), about, row)
+    if args.match is not None:
+        if args.relative_to is not None:
+            parser().error("--match and --relative-to: wanted one of them, since a rival has a row of its own")
+        mine, sign, theirs = args.match.partition("=")
+        rows_a, rows_b = _matched(rows_a, mine, args.match), _matched(rows_b, theirs, args.match)
+        if not sign or not rows_a or not rows_b:
+            have = [", ".join(run["contenders"]) for run in (run_a, run_b)]
+            parser().error(
+                f"--match: wanted A=B, contenders of the two runs ({have[0]}; {have[1]}), got {args.match!r}"
+            )
     if run_a["effort"] != run_b["effort"] or run_a["warm"] != run_b["warm"]:
         console.print("[yellow]the two runs were made with different settings[/]")
-    if args.relative_to is None and (run_a["processor"], run_a["threads"]) != (run_b["processor"], run_b["threads"]):
+    machines = [(_device(about), about["threads"]) for about in (run_a, run_b)]
+    if args.relative_to is None and machines[0] != machines[1]:
         console.print("[yellow]the two runs are of different machines or numbers of threads[/]")
     both, missing, broken = changes(rows_a, rows_b, args.relative_to)
     slower = [c for c in both if c.slower(args.threshold)]
@@ -143,9 +169,9 @@ def run(argv: Sequence[str]) -> int:
     if shown:
         console.print(_table(shown, slower, faster, args.relative_to))
     for key in missing:
-        console.print(f"[yellow]not in B:[/] {' '.join(key)}")
+        console.print(f"[yellow]not in B:[/] {_spelled(key)}")
     for key, reason in broken:
-        console.print(f"[bold red]{' '.join(key)}[/] has no figure in B: ", end="")
+        console.print(f"[bold red]{_spelled(key)}[/] has no figure in B: ", end="")
         console.print(reason, markup=False)
     if both:
         middle = math.exp(statistics.fmean(math.log(c.ratio) for c in both))
@@ -158,14 +184,40 @@ def run(argv: Sequence[str]) -> int:
     return 1 if slower or broken or not both else 0
 
 
+def _device(about: dict[str, Any]) -> str:
+    return about.get("device_name") or about["processor"]
+
+
+def _matched(rows: list[dict[str, Any]], contender: str, name: str) -> list[dict[str, Any]]:
+    """One contender's rows under the name of the pair, and without their numbers of threads."""
+    return [{**r, "contender": name, "threads": None} for r in rows if r["contender"] == contender]
+
+
+def _words(key: Key) -> list[str]:
+    return ["" if k is None else str(k) for k in key]
+
+
+def _spelled(key: Key) -> str:
+    *rest, threads, contender = _words(key)
+    return " ".join([*rest, *([f"{threads} threads"] if threads else []), contender])
+
+
 def _table(shown: list[Change], slower: list[Change], faster: list[Change], rival: str | None) -> Table:
     made = Table(box=None, pad_edge=False)
-    for title in ("operator", "case", "dtype", "direction", "contender"):
+    for title in ("operator", "case", "dtype", "direction", "threads", "contender"):
         made.add_column(title, no_wrap=True)
     for title in ("A", "B", "B / A", "95%", ""):
+        made.add_column(title, justify="right", no_wrap=True)
+    priced = any(None not in c.costs for c in shown)
+    for title in ("A $/1M", "B $/1M", "cost B / A") if priced else ():
         made.add_column(title, justify="right", no_wrap=True)
     for c in sorted(shown, key=lambda c: -c.ratio):
         times = [table.seconds(v) if rival is None else f"{v:.3f} {rival}" for v in (c.a, c.b)]
         verdict = "[bold red]slower[/]" if c in slower else "[green]faster[/]" if c in faster else ""
-        made.add_row(*c.key, *times, f"{c.ratio:.3f}", f"{c.low:.2f}..{c.high:.2f}", verdict)
+        cells = _words(c.key)
+        cells += [*times, f"{c.ratio:.3f}", f"{c.low:.2f}..{c.high:.2f}", verdict]
+        a, b = c.costs
+        if priced:
+            cells += [table.dollars(a), table.dollars(b), f"{b / a:.3f}" if a and b is not None else ""]
+        made.add_row(*cells)
     return made

@@ -37,9 +37,16 @@ class Contender:
 
     ours = False
     modelled = False
+    #: seconds to wait after a sample of it, where threads of its own go on for a while
+    settle_s = 0.0
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why this contender cannot be had here; None if it can."""
+        return None
 
     def bind(self, spec: OpSpec, values: dict[str, Any]) -> Call:
         """The forward call on these tensors: a function of no arguments.
@@ -135,9 +142,6 @@ class Compiled(Torch):
         """Drop compiled code: a workload has shapes of its own, and there is a limit of recompilations."""
         self._functions.clear()
         torch.compiler.reset()
-
-
-RIVALS: dict[str, type[Torch]] = {"torch": Torch, "compile": Compiled}
 
 
 def as_tuple(result: Any) -> tuple[torch.Tensor, ...]:

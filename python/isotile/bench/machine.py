@@ -77,6 +77,7 @@ def provenance(command: Iterable[str]) -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "machine": platform.machine(),
         "processor": processor(),
+        "device_name": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
@@ -91,11 +92,12 @@ def now() -> str:
 
 
 def bandwidth(quick: bool) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Bytes a second of what no cache holds: the better of a copy (read and written) and a sum (read)."""
     size = min(max(4 * last_level_cache(), 64 << 20), 1 << 30)
     source = torch.zeros(size // 4, dtype=torch.float32)
     target = torch.ones_like(source)
-    return 2 * size / least(lambda: target.copy_(source), 1, 5 if quick else 20)
+    rounds = 5 if quick else 20
+    return max(2 * size / least(lambda: target.copy_(source), 1, rounds), size / least(source.sum, 1, rounds))
 
 
 def products(dtype: torch.dtype, quick: bool) -> float:

@@ -8,11 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-#: Of a row's fields, those that the CSV has, in order.
+#: Of a row's fields, those that the CSV has, in order; a column for the speed against each rival follows.
 COLUMNS = (
-    "op", "case", "dtype", "direction", "contender", "threads", "status", "median_s", "q1_s", "q3_s", "gb_per_s",
-    "tflops", "roofline_share", "host_s", "first_call_s", "bound_share", "relative_error", "speed_vs_torch",
-    "speed_vs_compile", "cold", "quiet", "reason",
+    "op", "case", "dtype", "direction", "contender", "device", "threads", "status", "median_s", "q1_s", "q3_s",
+    "gb_per_s", "tflops", "roofline_share", "host_s", "peak_extra_bytes", "first_call_s", "bound_share",
+    "relative_error", "tokens", "usd_per_million_calls", "usd_per_billion_tokens", "cold", "quiet", "reason",
 )  # fmt: skip
 
 
@@ -31,7 +31,8 @@ class Writer:
         self._lines = self.jsonl.open("x", encoding="utf-8", buffering=1)
         self._table = self.csv.open("x", encoding="utf-8", newline="", buffering=1)
         self._csv = csv.writer(self._table)
-        self._csv.writerow(COLUMNS)
+        self._columns = (*COLUMNS, *(f"speed_vs_{n}" for n in header.get("rivals", ())))
+        self._csv.writerow(self._columns)
         self.write({"kind": "run", **header})
 
     def write(self, record: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ class Writer:
         self._lines.flush()
         if record["kind"] == "row":
             flat = {**record, **{f"speed_vs_{n}": r["median"] for n, r in (record.get("speed_vs") or {}).items()}}
-            self._csv.writerow([finite(flat.get(c)) for c in COLUMNS])
+            self._csv.writerow([finite(flat.get(c)) for c in self._columns])
             self._table.flush()
 
     def close(self) -> None:

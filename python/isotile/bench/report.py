@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import money
 from .records import NotARun, read
 
 #: Of a row's fields, those that the page shows; samples stay in the JSON lines.
 FIELDS = (
     "op", "case", "dtype", "direction", "contender", "ours", "threads", "shapes", "status", "reason", "median_s",
     "q1_s", "q3_s", "gb_per_s", "tflops", "roofline_share", "host_s", "bound_share", "relative_error", "flops", "bytes",
-    "speed_vs", "cold", "quiet", "against",
+    "speed_vs", "cold", "quiet", "against", "peak_extra_bytes", "first_call_s", "tokens", "sweep", "device", "source",
+    "usd_per_million_calls", "usd_per_billion_tokens",
 )  # fmt: skip
 
 
@@ -39,7 +41,14 @@ def run(argv: Sequence[str]) -> int:
     made = argparse.ArgumentParser(prog="isotile bench report", description="One run as one HTML file.")
     made.add_argument("run", type=Path, metavar="RUN.jsonl")
     made.add_argument("--out", type=Path, metavar="FILE", help="default: beside the run, with the ending .html")
+    made.add_argument(
+        "--price", action="append", default=[], metavar="DEVICE=USD", help="what an hour of a machine costs"
+    )
     args = made.parse_args(argv)
+    try:
+        prices = money.parse(args.price)
+    except money.PriceError as error:
+        made.error(f"--price: {error}")
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -50,6 +59,8 @@ def run(argv: Sequence[str]) -> int:
     except (OSError, NotARun) as error:
         print(f"isotile bench report: {error}", file=sys.stderr)
         return 2
+    for row in rows:
+        money.add(prices or about.get("prices", {}), about, row)
     out = args.out or args.run.with_suffix(".html")
     out.write_text(page(about, rows, end, get_plotlyjs()), encoding="utf-8")
     print(out)

@@ -105,13 +105,21 @@ def softmax(v: dict[str, Any]) -> Expression:
     return torch.softmax, (v["x"], v["dim"])
 
 
+def given(v: dict[str, Any], option: str) -> bool:
+    """Whether an option of attention changes anything: 0 is a window, and no other option."""
+    value = v[option]
+    if value is None or isinstance(value, torch.Tensor) or option.startswith("window"):
+        return value is not None
+    return bool(value)
+
+
 def _sdpa(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float | None, gqa: bool) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
 
 
 def attention(v: dict[str, Any]) -> Expression | str:
     beyond = ("softcap", "sinks", "alibi_slopes", "seqlens_k", "window_left", "window_right", "dropout_p")
-    extra = [n for n in beyond if v[n]]
+    extra = [n for n in beyond if given(v, n)]
     if v["is_causal"] and (v["causal_alignment"] != "top_left" or v["attn_mask"] is not None):
         extra.append("causal_alignment")
     if extra:

@@ -12,11 +12,11 @@ import torch
 
 from ..errors import BackendError
 from ..testing.compare import Disagreement
-from . import modelled, timing
+from . import memory, modelled, timing
 from .agreement import Agreement, Judge, backward_bytes, backward_flops
 from .contenders import Compiled, Contender, Prepared, Unserved
 from .machine import Peaks, last_level_cache
-from .workloads import Inputs, Workload
+from .workloads import Inputs, Workload, tokens_of
 
 Row = dict[str, Any]
 
@@ -69,9 +69,13 @@ class Runner:
         contexts = {
             n: functools.partial(_as_called, prepared.contender, backward) for n, (prepared, _, _) in timed.items()
         }
-        timers = {n: timing.Timer(prepared.calls, contexts[n]) for n, (prepared, _, _) in timed.items()}
+        timers = {
+            n: timing.Timer(prepared.calls, contexts[n], prepared.contender.settle_s)
+            for n, (prepared, _, _) in timed.items()
+        }
         summaries = timing.measure(timers, self.effort) if timers else {}
         flops, moved = self._work(workload, inputs, judge, timed)
+        tokens = tokens_of(workload.spec, inputs.call.values)
         for contender in contenders:
             name = contender.name
             row = {
@@ -79,6 +83,7 @@ class Runner:
                 "direction": workload.direction, "contender": name, "ours": contender.ours,
                 "threads": torch.get_num_threads(), "shapes": workload.shapes(), "cold": inputs.cold,
                 "copies": len(inputs.sets), "flops": flops, "bytes": moved, "status": "ok", "reason": None,
+                "device": inputs.device, "tokens": tokens, "sweep": workload.sweep, "count": workload.count,
             }  # fmt: skip
             if name in checked:
                 _, agreement, first_s = checked[name]
@@ -94,6 +99,8 @@ class Runner:
             row |= self._figures(summary, flops, moved, workload)
             prepared = timed[name][0]
             row["host_s"] = self._host_s(prepared, workload, inputs) if contender.ours and not backward else None
+            with contexts[name]():
+                row["peak_extra_bytes"] = memory.peak_extra_bytes(prepared.calls[0])
             row["speed_vs"] = {
                 other: timing.ratios(summaries[other], summary)
                 for other in summaries
@@ -175,5 +182,3 @@ def _as_called(contender: Contender, backward: bool) -> Iterator[None]:
     """What is in force while a contender runs: its backend, and no gradients in a forward row."""
     with contender.context(), torch.set_grad_enabled(backward):
         yield
-
-

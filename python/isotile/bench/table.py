@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 #: where the output is not a terminal
-WIDTH = 140
+WIDTH = 150
 COLOURS = {"wrong": "bold red", "error": "bold red", "unserved": "yellow", "modelled": "cyan"}
 
 
@@ -27,6 +27,14 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def megabytes(value: float | None) -> str:
+    return "" if value is None else "<1 MB" if value < 1e6 else f"{number(value / 1e6)} MB"
+
+
+def dollars(value: float | None) -> str:
+    return "" if value is None else f"${value:.2f}" if value >= 1 else f"${value:.2g}"
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -50,22 +58,26 @@ COLUMNS = (
     Column("TFLOP/s", 8, 4, lambda r: number(r["tflops"])),
     Column("roof", 5, 7, lambda r: f"{r['roofline_share']:.0%}"),
     Column("host", 8, 2, lambda r: seconds(r["host_s"])),
+    Column("memory", 8, 1, lambda r: megabytes(r.get("peak_extra_bytes"))),
     Column("error", 6, 6, lambda r: number(r["bound_share"]) if r["ours"] else ""),
 )
+#: with `--price`
+COST = Column("$/1M", 7, 8, lambda r: dollars(r.get("usd_per_million_calls")))
 #: a rival's distance from the truth, as a share of its norm, that a reader of its speed should know
 WORTH_SAYING = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.03, "float16": 0.03}
-CASE, DTYPE, CONTENDER, SPEED = 24, 9, 10, 14
+CASE, DTYPE, CONTENDER, SPEED = 28, 9, 11, 14
 
 
 class Table:
     """Lines of one width for a console."""
 
-    def __init__(self, width: int, rivals: int = 1) -> None:
-        free = width - CASE - DTYPE - CONTENDER - 3 - SPEED * rivals - 2
-        shown = sorted(COLUMNS, key=lambda c: -c.rank)
+    def __init__(self, width: int, rivals: int = 1, priced: bool = False) -> None:
+        free = width - CASE - DTYPE - CONTENDER - 3 - SPEED * min(rivals, 2) - 2
+        known = (*COLUMNS, COST) if priced else COLUMNS
+        shown = sorted(known, key=lambda c: -c.rank)
         while shown and sum(c.width + 1 for c in shown) > free:
             shown.pop()
-        self.columns = [c for c in COLUMNS if c in shown or c.title == "time"]
+        self.columns = [c for c in known if c in shown or c.title == "time"]
 
     def header(self) -> str:
         titles = "".join(f" {c.title:>{c.width}}" + (" " if c.title == "time" else "") for c in self.columns)
@@ -102,6 +114,7 @@ def console() -> Console:
 
 LEGEND = (
     "time: median of the rounds; ~: rounds in which the machine was busy. roof: share of the speed that the measured "
-    "peaks allow. host: what a call costs besides its kernel. error: the largest, as a share of the derived bound. "
-    "speed: rival's time over ours, round by round; above 1 isotile is faster."
+    "peaks allow. host: what a call costs besides its kernel. memory: what it takes at most, results included. error: "
+    "the largest, as a share of the derived bound. speed: rival's time over ours, round by round; above 1 isotile is "
+    "faster."
 )

@@ -92,10 +92,18 @@ def waited_ns() -> int:
 
 
 class Timer:
-    """Runs one contender's calls in turn, going on through the sets of inputs from sample to sample."""
+    """Runs one contender's calls in turn, going on through the sets of inputs from sample to sample.
 
-    def __init__(self, calls: Sequence[Callable[[], Any]], context: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.calls, self.context = calls, context
+    `settle_s` is waited after each sample, for threads of the contender's own to come to rest.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Callable[[], Any]],
+        context: Callable[[], AbstractContextManager[Any]],
+        settle_s: float = 0.0,
+    ) -> None:
+        self.calls, self.context, self.settle_s = calls, context, settle_s
         self.next = 0
         self.count = 1
         self.samples: list[float] = []
@@ -129,6 +137,8 @@ class Timer:
         waited = (waited_ns() - before) / 1e9
         self.samples.append(each)
         self.clean.append(waited <= WAITED * each * self.count)
+        if self.settle_s:
+            time.sleep(self.settle_s)
 
     def summary(self) -> Summary:
         return Summary(tuple(self.samples), tuple(self.clean), self.count)

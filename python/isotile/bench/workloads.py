@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .. import dispatch, library, registry, shapes
+from .. import dispatch, library, registry
 from ..spec import Case, OpSpec
-from ..testing.recipes import Call, build, dtype_name
+from ..testing.recipes import Call, build, dtype_name, recipe_of_case
 
 DIRECTIONS = ("forward", "backward")
 
@@ -26,12 +26,21 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One line of work that every contender does."""
+    """One line of work that every contender does.
+
+    Attributes:
+        sweep: (size's name, its value) where the case is one of a series that differ in it alone.
+        given: the recipe of a recorded call; it is made from the case otherwise.
+        count: how often a recorded program makes this call.
+    """
 
     spec: OpSpec
     case: Case
     dtype: torch.dtype
     direction: str
+    sweep: tuple[str, int] | None = None
+    given: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
+    count: int = 1
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -43,42 +52,10 @@ class Workload:
     @functools.cached_property
     def recipe(self) -> dict[str, Any]:
         """The recipe of `isotile.testing` for this case, so that one line repeats a disagreement."""
-        return recipe_of(self.spec, self.case, self.dtype)
+        return recipe_of_case(self.spec, self.case, self.dtype) if self.given is None else self.given
 
     def shapes(self) -> dict[str, list[int]]:
         return {n: list(self.case.args[n]) for n in self.spec.tensors if n in self.case.args}
-
-
-def recipe_of(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    present = {n: tuple(case.args[n]) for n in spec.tensors if n in case.args}
-    scalars = {n: case.args[n] for n in spec.scalars if n in case.args}
-    plain = {n: v for n, v in scalars.items() if spec.scalars[n].star is None}
-    stars = {s.star: tuple(scalars[n]) for n, s in spec.scalars.items() if s.star is not None}
-    patterns = {n: spec.tensors[n].pattern for n in present}
-    dims = shapes.bind(present, patterns, stars)
-    tensors = {}
-    for name, shape in present.items():
-        arg = spec.tensors[name]
-        core = sum(len(dims.stars[t[1:]]) if t.startswith("*") else 1 for t in arg.pattern.core)
-        core -= sum(t.endswith("?") and t[:-1] in dims.absent for t in arg.pattern.core)
-        own = dtype if dtype in arg.dtypes else arg.dtypes[0]
-        tensors[name] = {"loop": list(shape[: len(shape) - core]), "layout": "contiguous", "dtype": dtype_name(own)}
-        if arg.broadcast:
-            tensors[name]["ones"] = [False] * 6
-    overload = next((o for o in spec.overloads if o in present), "default")
-    return {
-        "op": spec.name,
-        "overload": overload,
-        "dtype": dtype_name(dtype),
-        "kind": "normal",
-        "sizes": {n: size for n, size in dims.sizes.items() if n not in dims.stars},
-        "groups": {n: list(group) for n, group in dims.stars.items()},
-        "absent": sorted(dims.absent),
-        "tensors": tensors,
-        "scalars": {n: dtype_name(v) if isinstance(v, torch.dtype) else v for n, v in plain.items()},
-        "out": "contiguous",
-        "seed": 0,
-    }
 
 
 def select(
@@ -87,6 +64,7 @@ def select(
     dtypes: Sequence[torch.dtype] | None,
     directions: Sequence[str],
     quick: bool,
+    pool: Sequence[Workload] | None = None,
 ) -> list[Workload]:
     """The workloads asked for.
 
@@ -95,6 +73,7 @@ def select(
         cases: glob patterns of case names; if None, the cases tagged `bench` (with `quick` those also tagged `smoke`).
         dtypes: if None, each case's own.
         directions: of `DIRECTIONS`. An internal operator (`layer_norm_backward`) has only a forward one.
+        pool: choose among these instead of the specs' cases; `dtypes` and `cases` that are None choose all.
 
     Raises:
         UsageError: an operator or a pattern that matches nothing.
@@ -103,6 +82,8 @@ def select(
     for op in ops:
         if op not in known:
             raise UsageError(f"no operator {op!r}; there are {', '.join(known)}")
+    if pool is not None:
+        return _among(pool, ops, cases, dtypes, directions)
     chosen = [known[o] for o in dict.fromkeys(ops)] or [s for s in known.values() if not s.internal]
     unmatched = set(cases or ())
     found: list[Workload] = []
@@ -127,6 +108,43 @@ def select(
     if not found:
         raise UsageError("nothing to measure: no case of the chosen operators fits")
     return found
+
+
+def _among(
+    pool: Sequence[Workload],
+    ops: Sequence[str],
+    cases: Sequence[str] | None,
+    dtypes: Sequence[torch.dtype] | None,
+    directions: Sequence[str],
+) -> list[Workload]:
+    found = [
+        w
+        for w in pool
+        if (not ops or w.spec.name in ops)
+        and (cases is None or any(fnmatch.fnmatchcase(w.case.name, p) for p in cases))
+        and (dtypes is None or w.dtype in dtypes)
+        and w.direction in directions
+    ]
+    if not found:
+        names = dict.fromkeys(f"{w.spec.name} {w.case.name}" for w in pool)
+        raise UsageError(f"nothing to measure; there are {', '.join(names)}")
+    return found
+
+
+def tokens_of(spec: OpSpec, values: dict[str, Any]) -> int:
+    """Tokens that a call works on: rows of activations, or queries of attention over all heads."""
+    dims = dispatch.bind_call(spec, values)
+    found = math.prod(dims.loop)
+    for name in next(iter(spec.tensors.values())).pattern.names:
+        if name in TOKENS and name not in dims.absent:
+            found *= dims[name]
+    if "dim" in spec.scalars and dims.loop:
+        found //= max(1, dims.loop[values["dim"]])
+    return int(found)
+
+
+#: dimensions of a first argument that count tokens, besides the leading ones
+TOKENS = ("m", "sq", "total", "total_q")
 
 
 class Inputs:
@@ -170,6 +188,11 @@ class Inputs:
                 value.requires_grad_(name in wanted)
             found[name] = value
         return found
+
+    @property
+    def device(self) -> str:
+        """The type of the device that the tensors are on."""
+        return next(iter(self.tensors().values())).device.type
 
     def overload(self) -> str:
         return self.call.overload

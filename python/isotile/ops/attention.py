@@ -403,10 +403,12 @@ CASES = (
     _case("tiny", "smoke bench", 1, 2, 2, 16, 16, 32),
     _case("odd_tails_causal", "smoke", 2, 4, 2, 67, 131, 40, is_causal=True, causal_alignment="bottom_right"),
     _case("bert_base", "bench tune", 8, 12, 12, 128, 128, 64),
+    _case("vit_base", "bench", 8, 12, 12, 197, 197, 64),
     _case("prefill_512", "bench tune", 1, 8, 8, 512, 512, 64),
     _case("prefill_512_causal", "bench tune", 1, 8, 8, 512, 512, 64, is_causal=True),
     _case("llama3_8b_prefill", "bench tune", 1, 32, 8, 1024, 1024, 128, is_causal=True),
     _case("llama3_8b_decode", "bench tune", 1, 32, 8, 1, 4096, 128),
+    _case("deepseek_v3_mla_decode", "bench", 1, 128, 1, 1, 1024, 576, value=(1, 1, 1024, 512)),
 )
 
 SPEC = OpSpec(

@@ -189,8 +189,8 @@ SPEC = OpSpec(
             c.tags,
             {
                 **c.args,
-                "grad_out": c.args["query"],
-                "out": c.args["query"],
+                "grad_out": (*c.args["query"][:-1], c.args["value"][-1]),
+                "out": (*c.args["query"][:-1], c.args["value"][-1]),
                 "lse": c.args["query"][:-1],
             },
         )

@@ -75,8 +75,17 @@ def _error(args, truth, dims):
 SHAPES = (
     ("tiny", "smoke bench", 64, 32, 48, 4),
     ("odd_tails", "smoke", 131, 37, 41, 5),
-    ("mixtral_experts", "bench tune", 1024, 1024, 1024, 8),
+    ("eight_experts", "bench tune", 1024, 1024, 1024, 8),
+    ("deepseek_v2_lite_up", "bench tune", 1536, 2048, 1408, 64),
+    ("mixtral_8x7b_up", "bench tune", 256, 4096, 14336, 8),
 )
+#: real experts are large: measured in 16 bits only
+REAL = ("deepseek_v2_lite_up", "mixtral_8x7b_up")
+
+
+def dtypes_of(case: str) -> tuple[torch.dtype, ...]:
+    return (torch.bfloat16,) if case in REAL else (torch.float32, torch.bfloat16, torch.float16)
+
 
 SPEC = OpSpec(
     reference=grouped_matmul,
@@ -97,7 +106,7 @@ SPEC = OpSpec(
     backward=_gradient,
     autocast="lower",
     cases=tuple(
-        Case(name, tags, {"a": (total, k), "b": (groups, k, n), "offsets": (groups,)})
+        Case(name, tags, {"a": (total, k), "b": (groups, k, n), "offsets": (groups,)}, dtypes_of(name))
         for name, tags, total, k, n, groups in SHAPES
     ),
 )

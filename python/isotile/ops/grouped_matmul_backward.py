@@ -6,7 +6,7 @@ import torch
 
 from ..precision import accumulator, stored
 from ..spec import Case, ErrorModel, OpSpec, Result, Scalar, Tensor, Values, growth
-from .grouped_matmul import SHAPES, draw_offsets, groups_of
+from .grouped_matmul import SHAPES, draw_offsets, dtypes_of, groups_of
 
 
 def grouped_matmul_backward(grad, a, b, offsets, *, need_a=True, need_b=True):
@@ -67,7 +67,12 @@ SPEC = OpSpec(
     laws=("exact_on_integers", "deterministic"),
     internal=True,
     cases=tuple(
-        Case(name, tags, {"grad": (total, n), "a": (total, k), "b": (groups, k, n), "offsets": (groups,)})
+        Case(
+            name,
+            tags,
+            {"grad": (total, n), "a": (total, k), "b": (groups, k, n), "offsets": (groups,)},
+            dtypes_of(name),
+        )
         for name, tags, total, k, n, groups in SHAPES
     ),
 )

@@ -73,9 +73,11 @@ CASES = tuple(
         ("tiny", "smoke bench", (16, 256)),
         ("odd_tail", "smoke", (7, 129)),
         ("bert_base_tokens", "bench tune", (4096, 768)),
-        ("wide_rows", "bench tune", (2048, 4096)),
-        ("one_token", "bench", (1, 4096)),
-        ("vocabulary_rows", "bench tune", (64, 50257)),
+        ("vit_large_tokens", "bench", (577, 1024)),
+        ("llama3_8b_prefill", "bench tune", (2048, 4096)),
+        ("llama3_8b_decode", "bench", (1, 4096)),
+        ("deepseek_v3_prefill", "bench tune", (512, 7168)),
+        ("gpt2_vocabulary", "bench tune", (64, 50257)),
     )
 )
 

@@ -146,9 +146,13 @@ SHAPES = (
     ("odd_tails", "smoke bench", 127, 131, 129),
     ("one_row_512", "bench", 1, 512, 512),
     ("bert_base_ffn", "bench tune", 512, 768, 3072),
+    ("vit_base_qkv", "bench", 1576, 768, 2304),
     ("llama3_8b_qkv_decode", "bench tune", 1, 4096, 4096),
     ("llama3_8b_qkv_decode_16", "bench tune", 16, 4096, 4096),
     ("llama3_8b_qkv_prefill", "bench tune", 512, 4096, 4096),
+    ("llama3_8b_ffn_decode", "bench tune", 1, 4096, 14336),
+    ("deepseek_v3_kv_down", "bench tune", 512, 7168, 576),
+    ("gpt2_vocabulary_decode", "bench", 1, 768, 50257),
     ("odd_1000", "bench", 1000, 999, 1001),
 )
 

@@ -86,9 +86,11 @@ ROWS = (
     ("tiny", "smoke bench", (16, 256)),
     ("odd_tail", "smoke", (7, 129)),
     ("bert_base_scores", "bench tune", (4096, 768)),
-    ("wide_rows", "bench tune", (2048, 4096)),
-    ("one_row", "bench", (1, 4096)),
-    ("vocabulary_rows", "bench tune", (64, 50257)),
+    ("llama3_8b_scores", "bench tune", (2048, 4096)),
+    ("llama3_8b_decode_scores", "bench", (1, 4096)),
+    ("mixtral_8x7b_router", "bench", (4096, 8)),
+    ("deepseek_v3_router", "bench tune", (4096, 256)),
+    ("gpt2_vocabulary", "bench tune", (64, 50257)),
 )
 
 SPEC = OpSpec(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import registry, shapes
-from ..spec import FLOATS, OpSpec, Scalar, Tensor
+from ..spec import FLOATS, Case, OpSpec, Scalar, Tensor
 from .draws import Drawn, Random, Source
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.bool, torch
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    return _DTYPES[name]
 
 
 def recipes(spec: OpSpec, dtype: torch.dtype, kinds: tuple[str, ...] = KINDS) -> SearchStrategy[dict[str, Any]]:
@@ -249,10 +253,15 @@ def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
             shape = tuple(1 if one else s for one, s in zip(described["ones"], target, strict=False))
             while shape and shape[0] == 1 and described["ones"][-1]:
                 shape = shape[1:]
+        shape = tuple(described.get("shape", shape))  # a recorded call has its own, and its strides
         dtype = _DTYPES[described["dtype"]]
-        values[name] = _lay_out(fill(arg, shape, dtype, recipe["kind"], random, full), described["layout"], random).to(
-            device
-        )
+        dense = fill(arg, shape, dtype, recipe["kind"], random, full)
+        if "values" in described:
+            dense = torch.tensor(described["values"], dtype=dtype).view(shape)
+        if "strides" in described:
+            values[name] = _strided(dense, described["strides"]).to(device)
+        else:
+            values[name] = _lay_out(dense, described["layout"], random).to(device)
     _consistent(spec, values)
     return Call(spec, recipe["overload"], values, full)
 
@@ -328,6 +337,17 @@ def _lay_out(dense: torch.Tensor, layout: str, random: Random) -> torch.Tensor:
     return view
 
 
+def _strided(dense: torch.Tensor, strides: list[int]) -> torch.Tensor:
+    """The values at these strides; where several elements share memory, the first one's."""
+    if list(dense.stride()) == list(strides) or dense.numel() == 0:
+        return dense
+    span = 1 + sum((n - 1) * s for n, s in zip(dense.shape, strides, strict=True))
+    own = tuple(slice(0, 1) if s == 0 else slice(None) for s in strides)
+    view = _poisoned((span,), dense.dtype).as_strided(dense.shape, tuple(strides))
+    view[own].copy_(dense[own])
+    return view
+
+
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.bool:
         return torch.ones(shape, dtype=dtype)
@@ -351,3 +371,36 @@ def lay_out_result(
     if layout == "transposed" and len(shape) > 1:
         return body.view(*shape[:-2], shape[-1], shape[-2]).mT, buffer
     return body.view(shape), buffer
+
+
+def recipe_of_case(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """The recipe of a named case, every tensor contiguous."""
+    present = {n: tuple(case.args[n]) for n in spec.tensors if n in case.args}
+    scalars = {n: case.args[n] for n in spec.scalars if n in case.args}
+    plain = {n: v for n, v in scalars.items() if spec.scalars[n].star is None}
+    stars = {s.star: tuple(scalars[n]) for n, s in spec.scalars.items() if s.star is not None}
+    bound = {n: shape for n, shape in present.items() if not spec.tensors[n].broadcast}
+    dims = shapes.bind(bound, {n: spec.tensors[n].pattern for n in bound}, stars)
+    tensors = {}
+    for name, shape in present.items():
+        arg = spec.tensors[name]
+        core = sum(len(dims.stars[t[1:]]) if t.startswith("*") else 1 for t in arg.pattern.core)
+        core -= sum(t.endswith("?") and t[:-1] in dims.absent for t in arg.pattern.core)
+        own = dtype if dtype in arg.dtypes else arg.dtypes[0]
+        tensors[name] = {"loop": list(shape[: len(shape) - core]), "layout": "contiguous", "dtype": dtype_name(own)}
+        if arg.broadcast:
+            tensors[name] |= {"ones": [False] * 6, "loop": [], "shape": list(shape)}
+    overload = next((o for o in spec.overloads if o in present), "default")
+    return {
+        "op": spec.name,
+        "overload": overload,
+        "dtype": dtype_name(dtype),
+        "kind": "normal",
+        "sizes": {n: size for n, size in dims.sizes.items() if n not in dims.stars},
+        "groups": {n: list(group) for n, group in dims.stars.items()},
+        "absent": sorted(dims.absent),
+        "tensors": tensors,
+        "scalars": {n: dtype_name(v) if isinstance(v, torch.dtype) else v for n, v in plain.items()},
+        "out": "contiguous",
+        "seed": 0,
+    }

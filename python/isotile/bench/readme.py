@@ -1,0 +1,114 @@
+"""`isotile bench readme RUN.jsonl`: a run's speed as a Markdown table, made by a command and not by hand."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import table
+from .records import NotARun, read
+
+MARKS = re.compile(r"(<!-- speed: begin[^\n]*-->\n).*?(<!-- speed: end -->)", re.DOTALL)
+Rows = list[dict[str, Any]]
+
+
+def _most(values: Sequence[Any]) -> int:
+    return max((v for v in values if v is not None), default=1)
+
+
+def summary(about: dict[str, Any], rows: Rows, contender: str = "cpu", rival: str = "torch") -> str:
+    """Operators down, dtypes across: the geometric mean of the rival's time over ours, and its range over the cases."""
+    threads = _most([r["threads"] for r in rows])
+    rated = [
+        r
+        for r in rows
+        if r["contender"] == contender and r["status"] == "ok" and r["threads"] == threads and rival in r["speed_vs"]
+    ]
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rated))
+    lines = [
+        f"| {rival}'s time / isotile's | " + " | ".join(dtypes) + " |",
+        "| --- |" + " --- |" * len(dtypes),
+    ]
+    for op, direction in dict.fromkeys((r["op"], r["direction"]) for r in rated):
+        cells = []
+        for dtype in dtypes:
+            found = [
+                r["speed_vs"][rival]["median"]
+                for r in rated
+                if (r["op"], r["direction"], r["dtype"]) == (op, direction, dtype)
+            ]
+            cells.append(_ratios(found))
+        lines.append(f"| `{op}` {direction} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _source(about, threads, rated)])
+
+
+def _ratios(found: list[float]) -> str:
+    if not found:
+        return "—"
+    middle = math.exp(statistics.fmean(map(math.log, found)))
+    if len(found) == 1:
+        return f"{middle:.2f}"
+    return f"**{middle:.2f}** ({min(found):.2f} to {max(found):.2f})"
+
+
+def _source(about: dict[str, Any], threads: int, rated: Rows) -> str:
+    git = about.get("git")
+    commit = f", commit {git['commit'][:10]}" if git else ""
+    busy = sum(not r["quiet"] for r in rated)
+    note = f" {busy} of {len(rated)} rows were measured while the machine was busy." if busy else ""
+    device = about.get("device_name") or about["processor"]
+    return (
+        f"{about['date'][:10]}, {device} ({about['instruction_set']}), {threads} threads, PyTorch {about['torch']}, "
+        f"isotile {about['isotile']}{commit}; `{about['command']}`. Above 1 isotile is faster; the geometric mean over "
+        f"the cases, and the range.{note}"
+    )
+
+
+def operator(about: dict[str, Any], rows: Rows, op: str, contender: str = "cpu", rival: str = "torch") -> str:
+    """One operator's cases, for its page: time, share of the roofline and speed, or an empty string."""
+    threads = _most([r["threads"] for r in rows])
+    own = [r for r in rows if r["op"] == op and r["contender"] == contender and r["threads"] == threads]
+    own = [r for r in own if r["status"] == "ok"]
+    if not own:
+        return ""
+    lines = [f"| case | dtype | direction | time | share of the roofline | {rival}'s time / isotile's |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: |")
+    for r in own:
+        ratio = r["speed_vs"].get(rival)
+        speed = f"{ratio['median']:.2f}" if ratio else "—"
+        cells = r["case"], r["dtype"], r["direction"], table.seconds(r["median_s"]), f"{r['roofline_share']:.0%}", speed
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _source(about, threads, own)])
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints the table, or puts it between the marks of a file. Returns 0, or 2 if a file is not what it should be."""
+    made = argparse.ArgumentParser(prog="isotile bench readme", description="One run's speed as a Markdown table.")
+    made.add_argument("run", type=Path, metavar="RUN.jsonl")
+    made.add_argument(
+        "--write", type=Path, metavar="FILE", help="put it between FILE's marks <!-- speed: begin/end -->"
+    )
+    made.add_argument("--contender", default="cpu", metavar="NAME", help="default: cpu")
+    made.add_argument("--rival", default="torch", metavar="NAME", help="default: torch")
+    args = made.parse_args(argv)
+    try:
+        about, rows, _ = read(args.run)
+        text = args.write.read_text(encoding="utf-8") if args.write else None
+    except (OSError, NotARun) as error:
+        print(f"isotile bench readme: {error}", file=sys.stderr)
+        return 2
+    made_table = summary(about, rows, args.contender, args.rival)
+    if text is None:
+        print(made_table)
+        return 0
+    if MARKS.search(text) is None:
+        print(f"isotile bench readme: {args.write} has no marks <!-- speed: begin --> and end", file=sys.stderr)
+        return 2
+    args.write.write_text(MARKS.sub(lambda m: f"{m[1]}{made_table}\n{m[2]}", text), encoding="utf-8")
+    return 0
