@@ -330,6 +330,22 @@ PYTHON = [
         ("tests/test_dispatch.py", *drawn("softmax")),
     ),
     Mutant(
+        "short_way_without_strides",
+        "python/isotile/fast_path.py",
+        'entry = f"({n}.shape, {n}.stride(), {n}.dtype, {n}.device)"',
+        'entry = f"({n}.shape, {n}.dtype, {n}.device)"',
+        "the short way looks a plan up by another key than the long way stores",
+        ("tests/test_dispatch.py", "-k", "short_way and softmax"),
+    ),
+    Mutant(
+        "short_way_without_gradient",
+        "python/isotile/fast_path.py",
+        """        needs.append(f"({n} is not None and {needs_grad})" if n in optional else needs_grad)""",
+        """        needs.append("False" if n in optional else needs_grad)""",
+        "only an optional argument needs a gradient",
+        ("tests/test_dispatch.py", "-k", "short_way and optional_argument"),
+    ),
+    Mutant(
         "plans_without_state",
         "python/isotile/library.py",
         "            overload,\n            state,\n",

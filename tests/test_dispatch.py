@@ -8,13 +8,17 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import isotile
-from isotile import dispatch, library
+from isotile import dispatch, library, registry
 from isotile.backends import BACKENDS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _calls import NAMES, as_tuple, calls
 
 
 class Refusing:
@@ -155,6 +159,39 @@ def test_plans_are_made_once_for_a_signature():
     assert len(operator.plans) == 1
     isotile.softmax(torch.randn(9, 4).T)
     assert len(operator.plans) == 2
+
+
+@pytest.mark.parametrize("grad", (False, True), ids=("plain", "grad"))
+@pytest.mark.parametrize("name", NAMES)
+def test_short_way_gives_what_the_long_way_gives(name, grad, monkeypatch):
+    function, tensors = calls(grad=grad)[name]
+    # The same shapes in another layout: a plan that is not theirs reads the wrong places.
+    turned = [t.detach().mT.contiguous().mT.requires_grad_(grad) if t.ndim > 1 else t for t in tensors]
+    long_ways = []
+    route = library.Operator.route
+    monkeypatch.setattr(library.Operator, "route", lambda *a: (long_ways.append(a[0].spec.name), route(*a))[1])
+
+    def everything(given):
+        results = as_tuple(function(*given))
+        grads = torch.autograd.grad(results, given, [torch.ones_like(r) for r in results]) if grad else ()
+        return (*results, *grads)
+
+    for op in registry.specs():
+        library.operator(op).plans.clear()
+    first = everything(tensors)
+    assert long_ways
+    for given in (tensors, turned, turned):
+        long_ways.clear()
+        again = everything(given)
+        torch.testing.assert_close(again, first, rtol=1e-5, atol=1e-5)
+        assert all(a.requires_grad == f.requires_grad for a, f in zip(again, first, strict=True))
+    assert not long_ways
+
+
+def test_short_way_with_a_gradient_for_an_optional_argument():
+    x, weight = torch.randn(3, 8), torch.ones(8, requires_grad=True)
+    for _ in range(2):
+        assert isotile.layer_norm(x, 8, weight).requires_grad
 
 
 def test_plans_do_not_grow_without_bound(monkeypatch):
