@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test deep mutants sanitize bench bench-cpu lint wheel clean
+.PHONY: demo test deep mutants sanitize bench bench-cpu lint docs wheel clean
 
 demo: $(VENV)/built-demo
 	$(BIN)/python -m isotile demo
@@ -36,6 +36,10 @@ bench-cpu: $(VENV)/built-test
 lint: $(VENV)/built-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation site, into site/. A link that leads nowhere is an error.
+docs: $(VENV)/built-test
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs site
 
 wheel: $(VENV)/built-test
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
@@ -69,4 +73,4 @@ $(VENV)/installed-browser: $(VENV)/installed-test
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist site docs/operators $(VENV)

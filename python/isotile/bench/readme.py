@@ -87,8 +87,7 @@ def operator(about: dict[str, Any], rows: Rows, op: str, contender: str = "cpu",
     return "\n".join([*lines, "", _source(about, threads, own)])
 
 
-def run(argv: Sequence[str]) -> int:
-    """Prints the table, or puts it between the marks of a file. Returns 0, or 2 if a file is not what it should be."""
+def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="isotile bench readme", description="One run's speed as a Markdown table.")
     made.add_argument("run", type=Path, metavar="RUN.jsonl")
     made.add_argument(
@@ -96,7 +95,12 @@ def run(argv: Sequence[str]) -> int:
     )
     made.add_argument("--contender", default="cpu", metavar="NAME", help="default: cpu")
     made.add_argument("--rival", default="torch", metavar="NAME", help="default: torch")
-    args = made.parse_args(argv)
+    return made
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints the table, or puts it between the marks of a file. Returns 0, or 2 if a file is not what it should be."""
+    args = parser().parse_args(argv)
     try:
         about, rows, _ = read(args.run)
         text = args.write.read_text(encoding="utf-8") if args.write else None

@@ -36,19 +36,23 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], end: dict[str, Any] 
     return template.replace("/*DATA*/null", spelled).replace("/*PLOTLY*/", plotly)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Writes the report. Returns 0, or 2 if the file is no run or the plotting library is missing."""
+def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="isotile bench report", description="One run as one HTML file.")
     made.add_argument("run", type=Path, metavar="RUN.jsonl")
     made.add_argument("--out", type=Path, metavar="FILE", help="default: beside the run, with the ending .html")
     made.add_argument(
         "--price", action="append", default=[], metavar="DEVICE=USD", help="what an hour of a machine costs"
     )
-    args = made.parse_args(argv)
+    return made
+
+
+def run(argv: Sequence[str]) -> int:
+    """Writes the report. Returns 0, or 2 if the file is no run or the plotting library is missing."""
+    args = parser().parse_args(argv)
     try:
         prices = money.parse(args.price)
     except money.PriceError as error:
-        made.error(f"--price: {error}")
+        parser().error(f"--price: {error}")
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:

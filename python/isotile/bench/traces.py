@@ -36,8 +36,7 @@ def _workload(index: int, call: Recorded) -> Workload:
     return Workload(spec, case, dtype, "forward", given=recipe, count=call.count)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Records, then measures. Returns the exit code of the measurement, or 2 if nothing was recorded."""
+def parser() -> argparse.ArgumentParser:
     from . import command
 
     made = argparse.ArgumentParser(
@@ -50,6 +49,14 @@ def run(argv: Sequence[str]) -> int:
     made.add_argument("--record-only", action="store_true", help="write the recording and measure nothing")
     made.add_argument("model", type=Path, metavar="MODEL.py")
     made.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    return made
+
+
+def run(argv: Sequence[str]) -> int:
+    """Records, then measures. Returns the exit code of the measurement, or 2 if nothing was recorded."""
+    from . import command
+
+    made = parser()
     args = made.parse_args(argv)
     if not args.model.exists():
         made.error(f"no such file: {args.model}")
