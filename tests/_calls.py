@@ -18,6 +18,7 @@ def calls(dtype=torch.float32, grad=False):
     def t(*shape):
         return randn(*shape, dtype=dtype, requires_grad=grad)
 
+    packed = isotile.quantize(randn(5, 8), "int4", group_size=32, symmetric=False)
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     return {
         "matmul": (lambda a, b: isotile.matmul(a, b), (t(3, 6, 8), t(8, 5))),
@@ -26,6 +27,10 @@ def calls(dtype=torch.float32, grad=False):
             (t(6, 8), t(8, 5), t(5), t(6, 5)),
         ),
         "linear": (lambda x, w, b: isotile.linear(x, w, b, activation="silu"), (t(2, 6, 8), t(5, 8), t(5))),
+        "quantized_linear": (
+            lambda x, b, r: isotile.quantized_linear(x, packed, b, activation="silu", residual=r),
+            (t(2, 6, 8), t(5), t(2, 6, 5)),
+        ),
         "grouped_matmul": (lambda a, b: isotile.grouped_matmul(a, b, offsets), (t(6, 8), t(3, 8, 5))),
         "layer_norm": (lambda x, w, b: isotile.layer_norm(x, 8, w, b), (t(3, 6, 8), t(8), t(8))),
         "layer_norm_residual": (

@@ -22,11 +22,16 @@ def t(*shape, dtype=torch.float32, device="cpu"):
     return torch.ones(shape, dtype=dtype, device=device)
 
 
+def quantized(n, k, scheme="int4"):
+    return isotile.quantize(t(n, k), scheme, group_size=32)
+
+
 OFFSETS = torch.tensor([1, 3], dtype=torch.int32)
 #: A right call of each operator; a wrong one changes some of its arguments.
 RIGHT = {
     "matmul": {"a": t(3, 4), "b": t(4, 6)},
     "linear": {"x": t(3, 4), "weight": t(6, 4)},
+    "quantized_linear": {"x": t(3, 4), "weight": quantized(6, 4)},
     "grouped_matmul": {"a": t(3, 4), "b": t(2, 4, 6), "offsets": OFFSETS},
     "layer_norm": {"x": t(3, 4), "normalized_shape": 4},
     "rms_norm": {"x": t(3, 4), "normalized_shape": 4},
@@ -63,6 +68,17 @@ WRONG = [
     ("linear", "option", {"activation": "swish"}, ValueError, "activation", "'silu'", "'swish'"),
     ("linear", "type", {"bias": 1.0}, TypeError, "bias", "a torch.Tensor or None", "float"),
     ("linear", "type", {"out_dtype": "float32"}, TypeError, "out_dtype", "a torch.dtype or None", "'float32'"),
+    ("quantized_linear", "shape", {"weight": quantized(6, 5)}, ValueError, "weight", "k = 4 (from x)", "[6, 5]"),
+    ("quantized_linear", "shape", {"bias": t(4)}, ValueError, "bias", "n = 6 (from packed)", "[4]"),
+    ("quantized_linear", "shape", {"residual": t(2, 6)}, ValueError, "residual", "broadcasts to [3, 6]", "[2, 6]"),
+    ("quantized_linear", "rank", {"x": t()}, ValueError, "x", "at least 1 dimension", "[]"),
+    ("quantized_linear", "rank", {"bias": t(1, 6)}, ValueError, "bias", "[n] (1 dimension)", "[1, 6]"),
+    ("quantized_linear", "dtype", {"x": t(3, 4, dtype=int32)}, TypeError, "x", "float32, bfloat16", "int32"),
+    ("quantized_linear", "dtype", {"out_dtype": int32}, TypeError, "out_dtype", "float32, bfloat16", "int32"),
+    ("quantized_linear", "device", {"bias": t(6, device="meta")}, ValueError, "bias", "cpu (that of x)", "meta"),
+    ("quantized_linear", "option", {"activation": "swish"}, ValueError, "activation", "'silu'", "'swish'"),
+    ("quantized_linear", "type", {"weight": t(6, 4)}, TypeError, "weight", "a QuantizedWeight", "Tensor"),
+    ("quantized_linear", "type", {"x": [1.0]}, TypeError, "x", "a torch.Tensor", "list"),
     ("grouped_matmul", "shape", {"b": t(2, 5, 6)}, ValueError, "b", "k = 4 (from a)", "[2, 5, 6]"),
     ("grouped_matmul", "shape", {"b": t(3, 4, 6)}, ValueError, "offsets", "groups = 3 (from b)", "[2]"),
     ("grouped_matmul", "rank", {"b": t(4, 6)}, ValueError, "b", "[groups, k, n] (3 dimensions)", "[4, 6]"),

@@ -58,7 +58,15 @@ struct Matrix {
     m.col = col_stride;
     return m;
   }
-  static Matrix rows_of(const TensorView& t) { return of(t.data, t.dtype, t.size[0], t.stride[0], t.stride[1]); }
+  static Matrix rows_of(const TensorView& t) {  // all leading dims; an absent tensor is an absent matrix
+    Matrix m;
+    if (!t.present()) return m;
+    m.data = t.data;
+    m.dtype = t.dtype;
+    for (int d = 0; d + 1 < t.ndim; ++d) m.rows.append(t.size[d], t.stride[d]);
+    m.col = t.stride[t.ndim - 1];
+    return m;
+  }
 };
 
 // With kFull, n is the vector's width.

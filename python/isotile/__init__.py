@@ -12,6 +12,7 @@ from . import registry as _registry
 from .backends import backends
 from .doors import explain
 from .errors import BackendError, FallbackWarning
+from .quantization import QuantizedWeight, quantize
 from .record import record
 from .state import determinism, use_backend
 
@@ -24,9 +25,11 @@ globals().update({name: _doors.make(name) for name in _OPERATORS})
 __all__ = [
     "BackendError",
     "FallbackWarning",
+    "QuantizedWeight",
     "backends",
     "determinism",
     "explain",
+    "quantize",
     "record",
     "use_backend",
     *_OPERATORS,

@@ -25,11 +25,15 @@ MASKS: tuple[torch.dtype, ...] = (torch.bool, *FLOATS)
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """How test and benchmark inputs are filled: normal with `scale`, or uniform in `[low, high]`, or integers."""
+    """How test and benchmark inputs are filled: normal with `scale`, or uniform in `[low, high]`, or integers.
+
+    `codes` are the bounds `[low, high)` of an argument that has an integer dtype.
+    """
 
     scale: float = 1.0
     low: float | None = None
     high: float | None = None
+    codes: tuple[int, int] | None = None
     #: `make(random, dims, shape) -> tensor`, for arguments of a structure; random is a `testing.draws.Random`
     make: Callable[..., torch.Tensor] | None = None
 
@@ -180,6 +184,7 @@ class OpSpec:
         nonfinite: NaN and infinite inputs give NaN and infinity exactly where the reference does. False promises
             only that they do not spread where nothing reads them.
         internal: not exported from `isotile` (backward operators).
+        complete: amends a drawn recipe by what follows from other choices (a packed size, a dtype, an absent part).
     """
 
     reference: Callable[..., dict[str, torch.Tensor]]
@@ -202,7 +207,7 @@ class OpSpec:
     door: Callable[..., Any] | None = None
     nonfinite: bool = True
     internal: bool = False
-    draw: Callable[..., Any] | None = None
+    complete: Callable[[dict[str, Any]], None] | None = None
     name: str = ""  # set by the registry from the file's name
 
     @functools.cached_property

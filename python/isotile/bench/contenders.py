@@ -78,12 +78,22 @@ class Ours(Contender):
         return BACKENDS[self.name].info()
 
 
+def quantized_weight(values: dict[str, Any]) -> isotile.QuantizedWeight:
+    """The parts of a weight taken out of a call's arguments, as one."""
+    parts = {n: values.pop(n, None) for n in ("packed", "scales", "zeros", "global_scale")}
+    scheme, group_size = values.pop("scheme", "int8"), values.pop("group_size", -1)
+    shape = (parts["packed"].shape[0], values["x"].shape[-1])
+    return isotile.QuantizedWeight(**parts, scheme=scheme, group_size=group_size, shape=shape)
+
+
 def _public_call(spec: OpSpec, values: dict[str, Any]) -> Call:
     if spec.internal:
         return functools.partial(library.call, spec.name, **values)
     door = getattr(isotile, spec.name)
     names = set(inspect.signature(door).parameters)
     given = {n: v for n, v in values.items() if v is not spec.signature.parameters[n].default}
+    if spec.name == "quantized_linear":
+        given["weight"] = quantized_weight(given)
     if spec.name == "attention":
         left, right = given.pop("window_left", None), given.pop("window_right", None)
         if left is not None or right is not None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..ops._quantized import dequantized
+
 Expression = tuple[Callable[..., Any], tuple[Any, ...]]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -52,6 +54,13 @@ def matmul(v: dict[str, Any]) -> Expression | str:
 
 def linear(v: dict[str, Any]) -> Expression | str:
     return _epilogue(F.linear, (v["x"], v["weight"], v["bias"]), v)
+
+
+def quantized_linear(v: dict[str, Any]) -> Expression | str:
+    """The same layer with the weight in x's dtype, as it was before it was quantised."""
+    names = ("packed", "scales", "zeros", "global_scale", "scheme", "group_size")
+    dense = dequantized(*[v[n] for n in names], k=v["x"].shape[-1], wide=torch.float32)
+    return _epilogue(F.linear, (v["x"], dense.to(v["x"].dtype), v["bias"]), v)
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, end: int) -> torch.Tensor:
@@ -131,6 +140,7 @@ def attention(v: dict[str, Any]) -> Expression | str:
 EXPRESSIONS: dict[str, Callable[[dict[str, Any]], Expression | str]] = {
     "matmul": matmul,
     "linear": linear,
+    "quantized_linear": quantized_linear,
     "grouped_matmul": grouped_matmul,
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,

@@ -114,9 +114,12 @@ def _lower(tensors, outs, scalars):
     return lower_product(tensors, outs, scalars.activation, len(scalars.dims.loop))
 
 
-def product_error(magnitude, k, args, truth):
-    """Error terms of an epilogue on a product whose sum of magnitudes is `magnitude`."""
-    z = magnitude * growth(k)
+def product_error(magnitude, k, args, truth, extra=0.0):
+    """Error terms of an epilogue on a product whose sum of magnitudes is `magnitude`, of k terms.
+
+    extra: roundings of each term besides those of the sum.
+    """
+    z = magnitude * (growth(k) + extra)
     if args.bias is not None:
         z = z + 2 * args.bias.double().abs()
     y = z

@@ -24,7 +24,7 @@ BUDGET = 1 << 16
 KINDS = ("normal", "large", "tiny", "mixed", "integers", "specials")
 LAYOUTS = ("contiguous", "transposed", "sliced", "stepped", "expanded", "offset")
 
-_DTYPES = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.bool, torch.int32, torch.int64)}
+_DTYPES = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -151,7 +151,7 @@ def draw_recipe(
     free = [o for o in spec.overloads if o not in spec.args and o != "default"]
     if free and source.integer(0, 3) == 0:
         overload = free[0]
-    return {
+    recipe = {
         "op": spec.name,
         "overload": overload,
         "dtype": dtype_name(dtype),
@@ -164,6 +164,9 @@ def draw_recipe(
         "out": source.choice(("contiguous", "contiguous", "transposed", "sliced")),
         "seed": source.integer(0, 2**31 - 1),
     }
+    if spec.complete is not None:
+        spec.complete(recipe)
+    return recipe
 
 
 def samples_of(scalar: Scalar) -> tuple[Any, ...]:
@@ -285,6 +288,8 @@ def fill(
         return domain.make(random, dims, shape).to(dtype)
     if dtype == torch.bool:
         return random.uniform(shape) < 0.7
+    if domain.codes is not None and not dtype.is_floating_point:
+        return random.integers(*domain.codes, shape).to(dtype)
     if domain.low is not None and domain.high is not None:
         return _round(domain.low + (domain.high - domain.low) * random.uniform(shape), dtype)
     if kind == "integers":
@@ -391,7 +396,7 @@ def recipe_of_case(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, An
         if arg.broadcast:
             tensors[name] |= {"ones": [False] * 6, "loop": [], "shape": list(shape)}
     overload = next((o for o in spec.overloads if o in present), "default")
-    return {
+    recipe = {
         "op": spec.name,
         "overload": overload,
         "dtype": dtype_name(dtype),
@@ -404,3 +409,6 @@ def recipe_of_case(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, An
         "out": "contiguous",
         "seed": 0,
     }
+    if spec.complete is not None:
+        spec.complete(recipe)
+    return recipe
