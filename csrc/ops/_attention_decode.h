@@ -260,7 +260,7 @@ struct DecodeTask {
       // speed.
       const int64_t step =
           rows > 2 || p.dv > 128 ? 32 : kDecodeBlock;  // keys whose values stay in L1 for all rows and columns
-      for (int64_t j = c0; j < n; j += step) {
+      for (int64_t j = max64(c0, lo - k0); j < n; j += step) {  // before lo no row sees anything: 0 * NaN
         each_row_group<2>(rows, [&](auto size, int64_t r) {
           value_products<T, decltype(size)::value>(v + j * values.stride_seq, values.stride_seq, p.dv,
                                                    scores + r * kDecodeBlock + j, kDecodeBlock, min64(step, n - j),

@@ -1,4 +1,4 @@
-"""The command line: `isotile info | demo | bench`."""
+"""The command line: `isotile info | demo | bench | verify`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,12 @@ def bench(args: argparse.Namespace) -> int:
     return run(args.rest)
 
 
+def verify(args: argparse.Namespace) -> int:
+    from .verify import main as run
+
+    return run(args.rest)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="isotile", description=isotile.__doc__)
@@ -116,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, run, text in (
         ("demo", demo, "a real encoder and a small training run, isotile against PyTorch"),
         ("bench", bench, "microbenchmarks of every operator against PyTorch"),
+        ("verify", verify, "numerical conformance of every backend, as a report that can be checked"),
     ):
         if words[:1] == [name]:  # a parser of its own: argparse.REMAINDER refuses an option in front
             return run(argparse.Namespace(rest=words[1:]))

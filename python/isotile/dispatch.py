@@ -15,6 +15,7 @@ import torch
 
 from . import shapes
 from .errors import BackendError, FallbackWarning
+from .shapes import contiguous_strides
 from .spec import Lowered, OpSpec, Result, Scalar
 from .state import CURRENT, State
 
@@ -60,15 +61,6 @@ class Plan:
         self.empty = tuple(
             None if o is None else (o.shape, o.strides, o.dtype, o.device) for o in outs
         )  # torch.empty_strided's arguments
-
-
-def contiguous_strides(shape: Sequence[Any]) -> tuple[Any, ...]:
-    strides: list[Any] = []
-    step: Any = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step = step * (size if not isinstance(size, int) else max(size, 1))
-    return tuple(reversed(strides))
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

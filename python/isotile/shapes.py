@@ -271,6 +271,16 @@ class View:
         return tensor.as_strided(self.shape, self.strides, tensor.storage_offset())
 
 
+def contiguous_strides(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """Row-major strides; sizes may be symbolic."""
+    strides: list[Any] = []
+    step: Any = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step = step * (size if not isinstance(size, int) else max(size, 1))
+    return tuple(reversed(strides))
+
+
 def flatten_group(view: View, start: int, length: int) -> View | None:
     """`view` with `length` dimensions from `start` as one, or None where no single stride can do it."""
     if length == 1:

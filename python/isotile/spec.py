@@ -179,6 +179,7 @@ class OpSpec:
             overload instead of "default", since it saves more.
         backward: `formula(saved, grads, needs) -> dict argument -> gradient`; None: the reference is differentiated.
         autocast: "lower" casts to autocast's dtype, "float32" to float32, None leaves dtypes alone.
+        batch: a core dimension whose entries are as independent as a loop dimension's (the rows of a matrix product).
         vmap_scalars: scalars to change when a leading loop dimension is added.
         door: the public function where it differs from the operator (other option names, fewer results).
         nonfinite: NaN and infinite inputs give NaN and infinity exactly where the reference does. False promises
@@ -203,6 +204,7 @@ class OpSpec:
     backward: Callable[[SimpleNamespace, dict[str, Any], dict[str, bool]], dict[str, Any]] | None = None
     grad_overload: tuple[str, str] | None = None
     autocast: str | None = None
+    batch: str | None = None
     vmap_scalars: Callable[[SimpleNamespace], dict[str, Any]] | None = None
     door: Callable[..., Any] | None = None
     nonfinite: bool = True

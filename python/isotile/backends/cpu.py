@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import env
+from ..shapes import contiguous_strides
 from ..spec import FLOATS
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ DTYPES = {
     torch.int8: 7,
     torch.uint8: 8,
 }
+
+
+#: Kernels that sum a row in another order where the rows lie side by side in memory, one to a lane. Which of the two
+#: it is depends on the rows around, so that batch invariance runs these on copies.
+COLUMN_KERNELS = frozenset({"softmax", "softmax_backward"})
 
 
 @functools.cache
@@ -98,11 +104,22 @@ class CpuBackend:
         module, _ = extension()
         lowered = request.lowered
         slots = [*lowered.tensors.values(), *lowered.outs.values()]
-        plan = module.plan(
-            self.isa or instruction_set(), lowered.kernel, [_describe(v) for v in slots], list(lowered.scalars.values())
-        )
         names = (*request.spec.tensors, *request.spec.results)
         order = [None if v is None else names.index(v.source) for v in slots]
+        by_rows = (
+            request.state.batch_invariant
+            and lowered.kernel in COLUMN_KERNELS
+            and any(v is not None and v.strides[-1] != 1 for v in slots)
+        )
+        laid_out = [v if v is None else v.with_dims(v.shape, contiguous_strides(v.shape)) for v in slots]
+        plan = module.plan(
+            self.isa or instruction_set(),
+            lowered.kernel,
+            [_describe(v) for v in (laid_out if by_rows else slots)],
+            list(lowered.scalars.values()),
+        )
+        if by_rows:
+            return _on_rows(plan, slots, order, len(lowered.tensors))
         if all(i is None or i == position for position, i in enumerate(order)) and len(order) == len(names):
             return plan
 
@@ -124,6 +141,28 @@ class CpuBackend:
             "instruction_sets": [name for name, supported in module.instruction_sets() if supported],
             "threads": torch.get_num_threads(),
         }
+
+
+def _on_rows(
+    plan: Callable[..., None], slots: list[View | None], order: list[int | None], inputs: int
+) -> Callable[..., None]:
+    """`plan` on row-major copies of what the slots address."""
+
+    def run(*tensors: torch.Tensor | None) -> None:
+        placed = [
+            None if v is None or i is None or (t := tensors[i]) is None else v.of(t)
+            for v, i in zip(slots, order, strict=True)
+        ]
+        dense = [None if t is None else t.contiguous() for t in placed[:inputs]]
+        dense += [
+            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in placed[inputs:]
+        ]
+        plan(*dense)
+        for t, filled in zip(placed[inputs:], dense[inputs:], strict=True):
+            if t is not None and filled is not None:
+                t.copy_(filled)
+
+    return run
 
 
 def _describe(view: View | None) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:

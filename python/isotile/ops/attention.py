@@ -224,7 +224,8 @@ def attention(
     kept = kept_of(a, p.shape, wide)
     if kept is not None:
         p = p * kept
-    out = weighted(p, visible_values(a, visible, wide), visible)
+    # A row whose scores are all -inf sums nothing and is 0, whatever the values hold.
+    out = weighted(p, visible_values(a, visible, wide), visible & (lse != -math.inf))
     return {"out": stored(out, query.dtype), "lse": lse.squeeze(-1)}
 
 

@@ -179,6 +179,7 @@ SPEC = OpSpec(
     saves={"default": ("a", "b", "bias"), "preactivation": ("a", "b", "bias", "preactivation")},
     backward=_gradient,
     grad_overload=GRAD_OVERLOAD,
+    batch="m",
     autocast="lower",
     cases=tuple(Case(name, tags, {"a": (m, k), "b": (k, n)}) for name, tags, m, k, n in SHAPES),
 )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import registry, shapes
+from .. import dispatch, registry, shapes
+from ..precision import exact
 from ..spec import FLOATS, Case, OpSpec, Scalar, Tensor
 from .draws import Drawn, Random, Source
 
@@ -269,14 +270,24 @@ def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
     return Call(spec, recipe["overload"], values, full)
 
 
+#: Arguments that are made of others: a backward takes results of the forward.
+DERIVED = {"attention_backward": ("out", "lse")}
+
+
 def _consistent(spec: OpSpec, values: dict[str, Any]) -> None:
-    """A backward takes results of the forward: make those of the drawn inputs."""
+    """A backward takes results of the forward: make those of the drawn inputs.
+
+    Taken from the float64 truth and rounded to float32 at first, so that machines whose float64 differs in the last
+    bits give the same ones.
+    """
     if spec.name == "attention_backward":
         forward = registry.spec("attention")
         given = {n: values[n] for n in (*forward.tensors, *forward.scalars)}
-        found = forward.reference(**given)
-        for name in ("out", "lse"):
-            values[name] = found[name].to(values[name].device)
+        with exact(), torch.no_grad():
+            found = forward.reference(**{n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in given.items()})
+        for name in DERIVED[spec.name]:
+            dtype = dispatch.result_dtype(forward, forward.results[name], given)
+            values[name] = found[name].float().to(values[name].device, dtype)
 
 
 def fill(
