@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 REFERENCE = ReferenceBackend()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE_TYPES = ("neuron", "xla")
+#: Kernels that multiply matrices.
+PRODUCTS = frozenset({"matmul", "grouped_matmul", "grouped_matmul_backward", "attention", "attention_backward"})
 #: Distributions that a reader of a report from a Neuron machine needs the versions of.
 PACKAGES = ("nki", "neuronx-cc", "torch-neuronx", "torch-xla", "libneuronxla")
 
@@ -110,6 +112,11 @@ class NkiBackend:
         views = [v for v in (*lowered.tensors.values(), *lowered.outs.values()) if v is not None]
         if any(0 in v.shape for v in views):
             return None  # nothing for a chip to do, see `prepare`
+        if request.state.batch_invariant and lowered.kernel in PRODUCTS:
+            return (
+                "the order in which products are summed is not known to be independent of the batch: no hardware has "
+                "shown it, and the emulator's depends on the shape; leave determinism(batch_invariant=True)"
+            )
         module = registry.kernel_module("nki", lowered.kernel)
         return module.supports(**lowered.tensors, **lowered.scalars, outs=lowered.outs)
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dispatch, library
 from ..precision import exact
 from ..spec import growth
 from ..testing.check import repeat_line
 from ..testing.compare import Bound, Disagreement, bounds, compare, ulp
+from ..testing.laws import Recorder
 from . import rivals
 from .contenders import Call, as_tuple
 from .workloads import Inputs, Workload, flops_of
@@ -235,24 +235,6 @@ class Judge:
                 except Disagreement as error:
                     raise Disagreement(f"in the backward pass {spec.name} gave {error}") from None
         return max(shares) if shares else None
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps every isotile operator that runs: (spec, overload, values, results)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, str, dict[str, Any], tuple[torch.Tensor, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == library.NAMESPACE:
-            op = library.operator(func._opname)
-            overload = func._overloadname
-            given = dict(zip(op.spec.parameters(overload), args, strict=False))
-            values = {**dict.fromkeys(op.parameters), **op.defaults, **given, **(kwargs or {})}
-            self.calls.append((op.spec, overload, values, as_tuple(result)))
-        return result
 
 
 def backward_flops(pull: Call, forward: float) -> float:

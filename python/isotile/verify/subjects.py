@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..backends import BACKENDS, named
-from ..backends.nki import DEVICE_TYPES as NEURON
+from ..backends.nki import devices as neuron_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,7 @@ class Unavailable(ValueError):
 
 def device_types() -> list[str]:
     """Device types that this machine has, accelerators first."""
-    found = ["cuda"] if torch.cuda.is_available() else []
-    for name in NEURON:
-        module = getattr(torch, name, None)
-        if module is not None and getattr(module, "is_available", lambda: False)():
-            found.append(name)
-    return [*found, "cpu"]
+    return [*(["cuda"] if torch.cuda.is_available() else []), *neuron_devices(), "cpu"]
 
 
 def find(name: str, emulated: bool) -> Backend:
