@@ -22,7 +22,8 @@ copyright = f"{author}. Apache-2.0"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 source_suffix = {".md": "markdown"}
-myst_enable_extensions = ["deflist", "smartquotes"]
+myst_enable_extensions = ["deflist"]
+smartquotes = False  # "..." and quotes in the text are code as often as not
 myst_heading_anchors = 3
 nitpicky = True
 suppress_warnings = ["myst.header"]  # generated pages may start a section below the first level

@@ -59,6 +59,10 @@ def large(case: str, threads: int = 1) -> tuple[str, ...]:
     return (f"tests/test_large.py::test_agrees_with_the_float64_truth[{case}-cpu-float32-{threads}]",)
 
 
+def bench(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_bench.py::{name}" for name in names)
+
+
 def interpreted(op: str, dtype: str = "float32") -> tuple[str, ...]:
     return (f"tests/test_triton.py::test_agrees_with_the_float64_truth[{dtype}-{op}]",)
 
@@ -424,6 +428,46 @@ PYTHON = [
         "    return 1 / math.sqrt(max(a.value.shape[-1], 1)) if a.scale is None else a.scale",
         "head_dim and value_dim are mostly equal",
         ("tests/test_reference.py", *drawn("attention")),
+    ),
+    Mutant(
+        "every_change_is_noise",
+        "python/isotile/bench/compare.py",
+        "        return self.ratio > threshold and self.low > 1 and",
+        "        return self.ratio > threshold and self.low > threshold * 1e6 and",
+        "a comparison that never fails looks like a good day",
+        bench("test_planted_slow_kernel_is_flagged_by_compare", "test_compare_needs_more_than_noise"),
+    ),
+    Mutant(
+        "wrong_kernels_are_timed",
+        "python/isotile/bench/runner.py",
+        "                if not agreement.ok:",
+        "                if not agreement.ok and not contender.ours:",
+        "the table looks better with it",
+        bench("test_planted_wrong_kernel_gets_no_figure"),
+    ),
+    Mutant(
+        "recorded_strides_are_lost",
+        "python/isotile/testing/recipes.py",
+        '        if "strides" in described:',
+        '        if "strides" in described and not described["strides"]:',
+        "contiguous copies agree as well, and are faster",
+        bench("test_recorded_calls_are_built_again_exactly"),
+    ),
+    Mutant(
+        "a_token_costs_a_call",
+        "python/isotile/bench/money.py",
+        "a_call / tokens * 1e9 if tokens else None",
+        "a_call * 1e9 if tokens else None",
+        "the same for a decode of one sequence",
+        bench("test_price_gives_the_cost_of_calls_and_tokens"),
+    ),
+    Mutant(
+        "options_dropped_for_a_rival",
+        "python/isotile/bench/rivals.py",
+        "    return bool(value)",
+        "    return False",
+        "the rival is faster without the soft cap",
+        bench("test_rival_says_what_it_does_not_take", "test_options_of_a_case_reach_the_public_function"),
     ),
 ]
 

@@ -556,12 +556,15 @@ def test_rival_is_the_same_function(rival, op):
 
 @pytest.mark.parametrize("rival", sorted(RIVALS))
 def test_rival_says_what_it_does_not_take(rival):
-    """Options that a library lacks are refused, not dropped: attention with sinks and a window, a biased product."""
+    """Options that a library lacks are refused, not dropped."""
     contender = RIVALS[rival](rival)
-    shapes = {"query": (1, 2, 4, 8), "key": (1, 2, 4, 8), "value": (1, 2, 4, 8), "sinks": (2,), "window_left": 0}
-    workload = Workload(registry.spec("attention"), Case("here", "bench", shapes), torch.float32, "forward")
-    with pytest.raises(Unserved):
-        contender.bind(workload.spec, Inputs(workload, 0, False).sets[0])
+    shapes = {"query": (1, 2, 4, 8), "key": (1, 2, 4, 8), "value": (1, 2, 4, 8)}
+    for option in ({"sinks": (2,)}, {"window_left": 0}, {"softcap": 3.0}, {"alibi_slopes": (2,)}):
+        workload = Workload(
+            registry.spec("attention"), Case("here", "bench", shapes | option), torch.float32, "forward"
+        )
+        with pytest.raises(Unserved):
+            contender.bind(workload.spec, Inputs(workload, 0, False).sets[0])
 
 
 def test_missing_rival_is_named_and_the_others_run(tmp_path, plant, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def add_options(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--out", type=Path, metavar="DIR", help="write JSON lines and CSV there")
     made.add_argument("--quick", action="store_true", help="smoke cases, few short rounds: a trial, not a measurement")
+    made.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="for the samples of one workload, beyond the least; default: 8"
+    )
     made.add_argument("--warm", action="store_true", help="do not rotate over copies larger than the cache")
     made.add_argument("--fresh-peaks", action="store_true", help="measure the roofline again")
 
@@ -165,6 +169,8 @@ def _measure(
     console: Console,
 ) -> int:
     effort = timing.Effort.quick() if args.quick else timing.Effort()
+    if args.budget is not None:
+        effort = dataclasses.replace(effort, budget_s=args.budget)
     torch.set_num_threads(threads[0])
     header = {
         **machine.provenance(argv),
