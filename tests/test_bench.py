@@ -531,6 +531,12 @@ SMALL = {
         {"query": (2, 4, 9, 16), "key": (2, 2, 9, 16), "value": (2, 2, 9, 16), "is_causal": True},
         {"query": (1, 4, 1, 16), "key": (1, 2, 9, 16), "value": (1, 2, 9, 16)},
     ],
+    "quantized_linear": [
+        {"x": (5, 64), "packed": (16, 64), "scales": (16, 1), "scheme": "int8_dynamic", "group_size": -1},
+        {"x": (5, 64), "packed": (32, 64), "scales": (32, 2), "scheme": "int4_dynamic", "group_size": 32},
+        {"x": (5, 64), "packed": (16, 64), "scales": (16, 1), "scheme": "int8", "group_size": -1},
+        {"x": (5, 64), "packed": (32, 64), "scales": (32, 2), "scheme": "int4", "group_size": 32},
+    ],
 }
 SERVED = {
     "torch-math": ["attention"],
@@ -565,6 +571,32 @@ def test_rival_says_what_it_does_not_take(rival):
         )
         with pytest.raises(Unserved):
             contender.bind(workload.spec, Inputs(workload, 0, False).sets[0])
+
+
+@pytest.mark.parametrize(
+    ("rival", "case", "dtype"),
+    [
+        ("torch-quantized", 0, torch.float32),
+        ("onnxruntime", 0, torch.float32),
+        ("onnxruntime", 1, torch.float32),
+        ("torch-quantized", 2, torch.bfloat16),
+        ("torch-quantized", 3, torch.bfloat16),
+        ("torchao", 0, torch.bfloat16),
+    ],
+)
+def test_rival_of_a_quantised_layer_is_the_same_function(rival, case, dtype):
+    contender = RIVALS[rival](rival)
+    reason = contender.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    args = SMALL["quantized_linear"][case]
+    workload = Workload(registry.spec("quantized_linear"), Case("here", "bench", args), dtype, "forward")
+    inputs = Inputs(workload, 0, False)
+    with torch.no_grad():
+        found = contender.bind(workload.spec, inputs.sets[0])()
+    judge = Judge(workload, inputs)
+    assert judge.forward((found,), False, rival).ok
+    assert relative_error(found, judge.expected["y"].truth) < 0.02
 
 
 def test_missing_rival_is_named_and_the_others_run(tmp_path, plant, monkeypatch, capsys):

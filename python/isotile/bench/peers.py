@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..ops._quantized import elements
 from ..spec import OpSpec
 from .contenders import Call, Compiled, Contender, Torch, Unserved
 from .rivals import given
@@ -129,6 +130,48 @@ class OneDnn(Library):
         return {"torch": torch.__version__, "weights": "packed once"}
 
 
+class TorchQuantized(Library):
+    """PyTorch's own kernels on packed weights: int8 and int4 with bfloat16 activations, int8 by int8 from float32."""
+
+    module, package, devices = "torch", "torch", ("cpu",)
+
+    def quantized_linear(self, v: dict[str, Any]) -> Call:
+        _plain_product(self.name, v)
+        need(v["bias"] is None and v["activation"] is None, "it is compared without an epilogue")
+        need(v["x"].ndim == 2, "it wants two dimensions")
+        method = {"int8": self._int8, "int4": self._int4, "int8_dynamic": self._int8_dynamic}.get(v["scheme"])
+        if method is None:
+            raise Unserved(f"PyTorch has no kernel of {v['scheme']}")
+        return method(v)
+
+    def _int8(self, v: dict[str, Any]) -> Call:
+        need(v["x"].dtype == torch.bfloat16 and v["group_size"] == -1, "its activations are bfloat16, one scale a row")
+        scales = v["scales"][:, 0].bfloat16().contiguous()
+        return functools.partial(torch.ops.aten._weight_int8pack_mm, v["x"], v["packed"].view(torch.int8), scales)
+
+    def _int4(self, v: dict[str, Any]) -> Call:
+        need(v["x"].dtype == torch.bfloat16, "its activations are bfloat16")
+        need(v["zeros"] is None and v["group_size"] in (32, 64, 128), "it is compared symmetric, in groups")
+        codes = elements(v["packed"], "int4", v["x"].shape[-1], torch.float32).int()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        scales = v["scales"].bfloat16().t()
+        both = torch.stack((scales, torch.zeros_like(scales)), dim=2).contiguous()
+        return functools.partial(torch.ops.aten._weight_int4pack_mm_for_cpu, v["x"], packed, v["group_size"], both)
+
+    def _int8_dynamic(self, v: dict[str, Any]) -> Call:
+        need(v["x"].dtype == torch.float32 and v["group_size"] == -1, "its activations are float32, one scale a row")
+        scales = v["scales"][:, :1].double()  # it wants positive ones: the sign goes into the weight
+        signed = v["packed"].view(torch.int8).int() * scales.sign().int()
+        weight8, scales = signed.clamp(-128, 127).to(torch.int8), scales[:, 0].abs()
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        weight = torch._make_per_channel_quantized_tensor(weight8, scales, zeros, 0)
+        packed = torch.ops.quantized.linear_prepack(weight, None)
+        return functools.partial(torch.ops.quantized.linear_dynamic, v["x"], packed, False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"torch": torch.__version__, "engine": torch.backends.quantized.engine, "weights": "packed once"}
+
+
 # --- ONNX Runtime --------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +264,29 @@ class OnnxRuntime(Library):
         need(v["dtype"] is None, "it is compared without dtype")
         self._float32(v["x"])
         return self._first(*self._run(("Softmax", ["x"], ["y"]), {"x": v["x"]}, {}, axis=v["dim"]))
+
+    def quantized_linear(self, v: dict[str, Any]) -> Call:
+        """DynamicQuantizeMatMul (one scale for all activations) or MatMulNBits with int8 activations."""
+        _plain_product(self.name, v)
+        need(v["bias"] is None and v["activation"] is None, "it is compared without an epilogue")
+        self._float32(v["x"])
+        k, domain = v["x"].shape[-1], "com.microsoft"
+        if v["scheme"] == "int8_dynamic" and v["group_size"] == -1:
+            constants = {
+                "w": v["packed"].view(torch.int8).t().contiguous(),
+                "s": v["scales"][:, 0].float(),
+                "z": torch.zeros(len(v["scales"]), dtype=torch.int8),
+            }
+            node = ("DynamicQuantizeMatMul", ["x", "w", "s", "z"], ["y"])
+            return self._first(*self._run(node, {"x": v["x"]}, constants, domain=domain))
+        need(v["scheme"] == "int4_dynamic" and v["group_size"] > 0 and v["zeros"] is None, "it has no such format")
+        group = v["group_size"]
+        need(k % group == 0, "it wants whole groups")
+        codes = elements(v["packed"], "int4", k, torch.float32).to(torch.uint8).view(-1, k // group, group)
+        constants = {"w": codes[..., ::2] | (codes[..., 1::2] << 4), "s": v["scales"].float().flatten()}
+        node = ("MatMulNBits", ["x", "w", "s"], ["y"])
+        more = {"K": k, "N": len(codes), "bits": 4, "block_size": group, "accuracy_level": 4, "domain": domain}
+        return self._first(*self._run(node, {"x": v["x"]}, constants, **more))
 
     def attention(self, v: dict[str, Any]) -> Call:
         """MultiHeadAttention, or GroupQueryAttention for grouped or decoded heads: they keep heads beside the width."""
@@ -382,13 +448,60 @@ class Quack(Library):
         return self.matmul({**v, "a": v["x"].flatten(0, -2), "b": v["weight"].t()})
 
 
+class TorchAo(Library):
+    """torchao's `quantize_`, which chooses the scales again from the weight that ours stand for."""
+
+    module, package, devices = "torchao.quantization", "torchao", ("cpu", "cuda")
+
+    def quantized_linear(self, v: dict[str, Any]) -> Call:
+        _plain_product(self.name, v)
+        need(v["bias"] is None and v["activation"] is None, "it is compared without an epilogue")
+        need(v["scheme"] in ("int8", "int8_dynamic") and v["group_size"] == -1, f"{v['scheme']} is not listed for it")
+        from torchao import quantization
+
+        k = v["x"].shape[-1]
+        weight = elements(v["packed"], "int8", k, torch.float32) * v["scales"].float()
+        layer = torch.nn.Linear(k, len(weight), bias=False, dtype=v["x"].dtype, device=weight.device)
+        layer.weight = torch.nn.Parameter(weight.to(v["x"].dtype), requires_grad=False)
+        kind = "Int8WeightOnlyConfig" if v["scheme"] == "int8" else "Int8DynamicActivationInt8WeightConfig"
+        model = torch.nn.Sequential(layer)
+        quantization.quantize_(model, getattr(quantization, kind)())
+        return functools.partial(model, v["x"])
+
+
+class GemLite(Library):
+    """GemLite's Triton kernels, with our packed numbers and scales."""
+
+    module, package = "gemlite.helper", "gemlite"
+
+    def quantized_linear(self, v: dict[str, Any]) -> Call:
+        _plain_product(self.name, v)
+        need(v["activation"] is None, "it is compared without an activation")
+        need(v["x"].dtype in (torch.bfloat16, torch.float16), f"{self.name} has no {v['x'].dtype}")
+        from gemlite import helper
+
+        x, dtype, device = v["x"], v["x"].dtype, str(v["x"].device)
+        if v["scheme"] in ("int8", "int8_dynamic") and v["group_size"] == -1:
+            kind = helper.A16W8_INT8 if v["scheme"] == "int8" else helper.A8W8_int8_dynamic
+            layer = kind(device=device, dtype=dtype).from_weights(v["packed"].view(torch.int8), v["bias"], v["scales"])
+        else:
+            need(v["scheme"] == "int4" and v["zeros"] is None and v["group_size"] > 0, f"{v['scheme']} is not listed")
+            codes = elements(v["packed"], "int4", x.shape[-1], torch.float32).to(torch.uint8)
+            zeros = torch.full_like(v["scales"], 8.0)
+            layer = helper.A16W4_HQQ_INT(device=device, dtype=dtype).from_weights(codes, v["scales"], zeros, v["bias"])
+        return functools.partial(layer, x)
+
+
 RIVALS: dict[str, type[Contender]] = {
     "torch": Torch,
     "compile": Compiled,
     "torch-math": TorchMath,
+    "torch-quantized": TorchQuantized,
     "onednn": OneDnn,
     "onnxruntime": OnnxRuntime,
     "liger": Liger,
     "flash-attn": FlashAttention,
     "quack": Quack,
+    "torchao": TorchAo,
+    "gemlite": GemLite,
 }

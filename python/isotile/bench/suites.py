@@ -36,6 +36,8 @@ WEIGHTS = ((4096, 4096), (11008, 4096), (512, 512), (50257, 768))
 ROWS = (1, 4, 16, 128, 512, 2048)
 #: batch, heads, tokens, head_dim
 SQUARE = ((1, 8, 512, 64), (1, 16, 2048, 64), (1, 32, 1024, 128), (8, 12, 128, 64))
+#: scheme, group size, dtype of the activations: those that other libraries have
+QUANTIZED = (("int8", -1, BF16), ("int8_dynamic", -1, F32), ("int4", 32, BF16), ("int4_dynamic", 32, F32))
 NORMS = ((4096, 768), (2048, 4096), (1, 4096), (64, 50257))
 
 
@@ -45,6 +47,17 @@ def cpu() -> Iterator[Workload]:
         sizes = [(m, n, k) for n, k in WEIGHTS for m in ROWS if m < 2048 or n <= 4096]
         for m, n, k in (*sizes, (127, 129, 131), (1000, 1001, 999)):
             yield _workload("linear", f"{m}x{n}x{k}", {"x": (m, k), "weight": (n, k)}, dtype, "forward")
+    for scheme, group, dtype in QUANTIZED:
+        for n, k in WEIGHTS[:2]:
+            for m in (1, 8, 64, 512):
+                half = scheme.startswith("int4")
+                args = {
+                    "x": (m, k),
+                    "packed": (n, k // 2 if half else k),
+                    "scales": (n, 1 if group == -1 else k // group),
+                }
+                more = {"scheme": scheme, "group_size": group}
+                yield _workload("quantized_linear", f"{scheme}_{m}x{n}x{k}", args | more, dtype, "forward")
     for dtype in (F32, BF16, F16):
         for batch, heads, tokens, d in SQUARE:
             for causal in (False, True):
