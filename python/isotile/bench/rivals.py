@@ -59,7 +59,7 @@ def linear(v: dict[str, Any]) -> Expression | str:
 def quantized_linear(v: dict[str, Any]) -> Expression | str:
     """The same layer with the weight in x's dtype, as it was before it was quantised."""
     names = ("packed", "scales", "zeros", "global_scale", "scheme", "group_size")
-    dense = dequantized(*[v[n] for n in names], k=v["x"].shape[-1], wide=torch.float32)
+    dense = dequantized(**{n: v[n] for n in names}, k=v["x"].shape[-1], wide=torch.float32)
     return _epilogue(F.linear, (v["x"], dense.to(v["x"].dtype), v["bias"]), v)
 
 
