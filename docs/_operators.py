@@ -26,9 +26,9 @@ DRAWS = 12
 def write(folder: Path, results: Path) -> None:
     """Write `<op>.md` for every public operator and `index.md`; unchanged files keep their time."""
     folder.mkdir(exist_ok=True)
-    run = newest(results)
+    runs = sorted(results.glob("*.jsonl"), reverse=True)  # their names begin with the date
     names = [n for n, s in registry.specs().items() if not s.internal]
-    pages = {f"{n}.md": page(registry.spec(n), run) for n in names} | {"index.md": index(names)}
+    pages = {f"{n}.md": page(registry.spec(n), runs) for n in names} | {"index.md": index(names)}
     for name, text in pages.items():
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -36,10 +36,6 @@ def write(folder: Path, results: Path) -> None:
     for path in folder.glob("*.md"):
         if path.name not in pages:
             path.unlink()
-
-
-def newest(results: Path) -> Path | None:
-    return max(results.glob("*.jsonl"), default=None)
 
 
 def index(names: list[str]) -> str:
@@ -52,7 +48,7 @@ def index(names: list[str]) -> str:
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *names, "```", ""])
 
 
-def page(spec: OpSpec, run: Path | None) -> str:
+def page(spec: OpSpec, runs: list[Path]) -> str:
     door = getattr(isotile, spec.name)
     text, sections = _docstring(inspect.getdoc(door) or "")
     lines = [f"# isotile.{spec.name}", "", "```py", *_signature(spec.name, door), "```", "", text, ""]
@@ -61,7 +57,7 @@ def page(spec: OpSpec, run: Path | None) -> str:
     lines += ["## Shapes and dtypes", "", *_tensors(spec), ""]
     lines += ["## Backends", "", *_backends(spec), ""]
     lines += ["## Promises", "", *_promises(spec), ""]
-    lines += ["## Measured speed", "", *_speed(spec.name, run), ""]
+    lines += ["## Measured speed", "", *_speed(spec.name, runs), ""]
     return "\n".join(lines)
 
 
@@ -159,11 +155,11 @@ def _promises(spec: OpSpec) -> list[str]:
 AUTOCAST = {"lower": "casts to its dtype", "float32": "casts to float32", None: "leaves dtypes alone"}
 
 
-def _speed(op: str, run: Path | None) -> list[str]:
-    if run is None:
-        return [f"No run is kept. `isotile bench {op}` measures it on your machine."]
-    about, rows, _ = records.read(run)
-    table = readme.operator(about, rows, op)
-    if not table:
-        return [f"The kept run has no row of it. `isotile bench {op}` measures it on your machine."]
-    return [table, "", f"`isotile bench {op}` measures it on yours; [how](../benchmarking.md)."]
+def _speed(op: str, runs: list[Path]) -> list[str]:
+    """The newest kept run's rows of the operator."""
+    for run in runs:
+        about, rows, _ = records.read(run)
+        table = readme.operator(about, rows, op)
+        if table:
+            return [table, "", f"`isotile bench {op}` measures it on your machine; [how](../benchmarking.md)."]
+    return [f"No run is kept. `isotile bench {op}` measures it on your machine; [how](../benchmarking.md)."]

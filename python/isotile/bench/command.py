@@ -91,7 +91,7 @@ def _contenders(
             reason = BACKENDS[name].unavailable("cpu")
             if reason is not None:
                 made.error(f"--backends: {name} is not available: {reason}")
-    against = args.against or ("torch" if args.suite is None else "all")
+    against = args.against = args.against or ("torch" if args.suite is None else "all")
     rivals = [] if against == "none" else _listed(against)
     everyone = rivals == ["all"]
     if everyone:
@@ -214,7 +214,8 @@ def _measure(
                         rows.append(row)
                         if writer is not None:
                             writer.write(row)
-                        console.print(lines.line(row, first=i == 0))
+                        if row["ours"] or row["status"] != "unserved" or args.against != "all":
+                            console.print(lines.line(row, first=i == 0))
                     progress.advance(task)
         complete = True
     except KeyboardInterrupt:

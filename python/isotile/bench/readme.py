@@ -22,14 +22,24 @@ def _most(values: Sequence[Any]) -> int:
     return max((v for v in values if v is not None), default=1)
 
 
-def summary(about: dict[str, Any], rows: Rows, contender: str = "cpu", rival: str = "torch") -> str:
-    """Operators down, dtypes across: the geometric mean of the rival's time over ours, and its range over the cases."""
-    threads = _most([r["threads"] for r in rows])
-    rated = [
-        r
-        for r in rows
-        if r["contender"] == contender and r["status"] == "ok" and r["threads"] == threads and rival in r["speed_vs"]
+def summary(runs: Sequence[tuple[dict[str, Any], Rows]], contender: str = "cpu", rival: str = "torch") -> str:
+    """Operators down, dtypes across: the geometric mean of the rival's time over ours, and its range over the cases.
+
+    Several runs make one table; where two have a row of the same operator, direction and dtype, both count.
+    """
+    threads = _most([r["threads"] for _, rows in runs for r in rows])
+    chosen = [
+        [
+            r
+            for r in rows
+            if r["contender"] == contender
+            and r["status"] == "ok"
+            and r["threads"] == threads
+            and rival in r["speed_vs"]
+        ]
+        for _, rows in runs
     ]
+    rated = [r for rows in chosen for r in rows]
     dtypes = list(dict.fromkeys(r["dtype"] for r in rated))
     lines = [
         f"| {rival}'s time / isotile's | " + " | ".join(dtypes) + " |",
@@ -45,7 +55,9 @@ def summary(about: dict[str, Any], rows: Rows, contender: str = "cpu", rival: st
             ]
             cells.append(_ratios(found))
         lines.append(f"| `{op}` {direction} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _source(about, threads, rated)])
+    sources = [_source(about, threads, rows) for (about, _), rows in zip(runs, chosen, strict=True)]
+    legend = "Above 1 isotile is faster: the geometric mean over the cases, and the range."
+    return "\n".join([*lines, "", legend, *(line for source in sources for line in ("", source))])
 
 
 def _ratios(found: list[float]) -> str:
@@ -65,8 +77,7 @@ def _source(about: dict[str, Any], threads: int, rated: Rows) -> str:
     device = about.get("device_name") or about["processor"]
     return (
         f"{about['date'][:10]}, {device} ({about['instruction_set']}), {threads} threads, PyTorch {about['torch']}, "
-        f"isotile {about['isotile']}{commit}; `{about['command']}`. Above 1 isotile is faster; the geometric mean over "
-        f"the cases, and the range.{note}"
+        f"isotile {about['isotile']}{commit}; `{about['command']}`.{note}"
     )
 
 
@@ -89,7 +100,7 @@ def operator(about: dict[str, Any], rows: Rows, op: str, contender: str = "cpu",
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="isotile bench readme", description="One run's speed as a Markdown table.")
-    made.add_argument("run", type=Path, metavar="RUN.jsonl")
+    made.add_argument("runs", type=Path, nargs="+", metavar="RUN.jsonl")
     made.add_argument(
         "--write", type=Path, metavar="FILE", help="put it between FILE's marks <!-- speed: begin/end -->"
     )
@@ -102,12 +113,12 @@ def run(argv: Sequence[str]) -> int:
     """Prints the table, or puts it between the marks of a file. Returns 0, or 2 if a file is not what it should be."""
     args = parser().parse_args(argv)
     try:
-        about, rows, _ = read(args.run)
+        runs = [read(path)[:2] for path in args.runs]
         text = args.write.read_text(encoding="utf-8") if args.write else None
     except (OSError, NotARun) as error:
         print(f"isotile bench readme: {error}", file=sys.stderr)
         return 2
-    made_table = summary(about, rows, args.contender, args.rival)
+    made_table = summary(runs, args.contender, args.rival)
     if text is None:
         print(made_table)
         return 0
