@@ -79,6 +79,7 @@ def cases():
         {},
     )
     yield from matmul_cases(v, bf16, f16, f32, i32)
+    yield from quantized_cases(v, bf16, f16, f32)
     yield from attention_cases(v, bf16, f16, f32, i32, i64)
 
 
@@ -146,6 +147,36 @@ def matmul_cases(v, bf16, f16, f32, i32):
         },
         {},
     )
+
+
+def quantized_cases(v, bf16, f16, f32):
+    import torch
+
+    # the scheme's index in the kernel form, bytes of a row of 4096, group size, dtype of scales
+    for index, (scheme, row_bytes, group_size, scales) in enumerate(
+        (
+            ("int8", 4096, -1, f32),
+            ("int8_dynamic", 4096, -1, f32),
+            ("int4", 2048, 128, bf16),
+            ("int4_dynamic", 2048, 32, bf16),
+            ("fp8", 4096, -1, f32),
+            ("mxfp4", 2048, 32, torch.uint8),
+            ("nvfp4", 2048, 16, torch.uint8),
+        )
+    ):
+        groups = 1 if group_size == -1 else 4096 // group_size
+        for m, dtype in ((1, bf16), (256, bf16), (8192, f16)):
+            yield (
+                "quantized_linear",
+                f"{scheme} {str(dtype)[6:]} {m}x4096x4096",
+                {
+                    "x": v(m, 4096, dtype=dtype),
+                    "packed": v(4096, row_bytes, dtype=torch.uint8),
+                    "scales": v(4096, groups, dtype=scales),
+                    "y": v(m, 4096, dtype=dtype),
+                },
+                {"scheme": index, "group_size": group_size},
+            )
 
 
 def attention_cases(v, bf16, f16, f32, i32, i64):
@@ -230,8 +261,18 @@ PLAIN_KERNELS = (
     "sum_partials_kernel",
     "attention_combine_kernel",
     "attention_delta_kernel",
+    "quantize_rows_kernel",
+    "dequantize_kernel",
+    "quantized_linear_combine_kernel",
 )
-MATRIX_OPS = ("matmul", "grouped_matmul", "grouped_matmul_backward", "attention", "attention_backward")
+MATRIX_OPS = (
+    "matmul",
+    "grouped_matmul",
+    "grouped_matmul_backward",
+    "quantized_linear",
+    "attention",
+    "attention_backward",
+)
 
 
 def resources(compiled, kind):

@@ -499,6 +499,33 @@ TRITON = [
         interpreted("attention"),
         env=tuple(INTERPRET.items()),
     ),
+    Mutant(
+        "triton_halves_swapped",
+        "kernels/triton/quantized_linear.py",
+        "                    half = code >> 4 if run == 1 else code & 15",
+        "                    half = code >> 4 if run == 0 else code & 15",
+        "which element is in the low half of a byte differs between formats",
+        interpreted("quantized_linear"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "triton_activations_rounded_up",
+        "kernels/triton/quantized_linear.py",
+        "            q = (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)",
+        "            q = (v + 0.5).to(tl.int32).to(tl.int8)",
+        "half to even, and below zero too",
+        ("tests/triton/test_quantized_linear.py::test_rows_are_quantised_to_the_same_bits",),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "triton_partial_sums_forgotten",
+        "kernels/triton/quantized_linear.py",
+        "        acc += tl.load(partial_ptr + part * step + at, mask=mask, other=0)",
+        "        acc = tl.load(partial_ptr + part * step + at, mask=mask, other=0)",
+        "only shapes that split k have more than one",
+        ("tests/triton/test_quantized_linear.py::test_every_format_under_every_configuration",),
+        env=tuple(INTERPRET.items()),
+    ),
 ]
 
 NKI = [
