@@ -748,6 +748,23 @@ def test_trace_measures_what_the_program_called(tmp_path, plant, monkeypatch, ca
     assert code == 1 and [r["op"] for r in rows if r["status"] == "wrong"] == ["grouped_matmul"]
 
 
+def test_recorded_calls_can_be_verified(tmp_path, plant, capsys):
+    """`isotile verify --cases` finds a kernel that is wrong on one of the program's own calls."""
+    from isotile.verify import command
+
+    path = recorded(tmp_path)
+    words = ["--cases", str(path), "--examples", "4", "--out", str(tmp_path / "report"), "grouped_matmul", "softmax"]
+    plant()
+    assert command.run([*words, "--backends", "planted"]) == 0
+    plant(lambda y: y.flatten()[:9].add_(1.0), "grouped_matmul")
+    assert command.run([*words, "--backends", "planted"]) == 1
+    said = capsys.readouterr().out
+    assert "fails: grouped_matmul float32 on planted" in said and '"values": [4, 4, 9]' in said
+    with pytest.raises(SystemExit):
+        command.run(["--cases", str(path), "layer_norm"])
+    assert "holds no call of the chosen operators" in capsys.readouterr().err
+
+
 def test_trace_says_what_went_wrong(tmp_path, capsys):
     program = tmp_path / "nothing.py"
     program.write_text("import sys\nsys.exit(3 if len(sys.argv) > 1 else 0)")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import BACKENDS
+from ..record import NotARecording
+from ..testing.recipes import kinds_of
 from . import compare, plan, provenance, report, subjects
 from .claims import CLAIMS, FAILS, HOLDS, NOT_RUN
 from .run import Verifier
@@ -54,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
         "hardware is missing; the report says so",
     )  # fmt: skip
     made.add_argument("--dtypes", metavar="NAMES", help=f"among {', '.join(plan.DTYPES)}; default: all")
+    made.add_argument(
+        "--cases", type=Path, metavar="FILE", help="the calls that isotile.record or isotile bench trace recorded, "
+        "instead of drawn ones",
+    )  # fmt: skip
     made.add_argument("--seed", type=int, default=0, metavar="N", help="of all draws; default: 0")
     made.add_argument(
         "--examples", type=int, metavar="N", help=f"for each operator and dtype; default: {EXAMPLES}, or what "
@@ -96,8 +102,14 @@ def run(argv: list[str]) -> int:
         made.error(f"--dtypes: {', '.join(unknown)}: not among {', '.join(plan.DTYPES)}")
     try:
         targets = plan.targets(args.ops, dtypes)
+        if args.cases is not None:
+            targets = plan.recorded(args.cases, args.ops, dtypes)
+            if args.examples is None and args.minutes is None:  # each call with each kind of values
+                args.examples = max(len(t.demands) * len(kinds_of(t.spec)) for t in targets)
     except KeyError as error:
         made.error(error.args[0])
+    except NotARecording as error:
+        made.error(f"--cases: {error}")
     absent: dict[str, str] = {}
     if names is None:
         backends, absent = subjects.native()
@@ -162,6 +174,7 @@ def _verify(
         "minutes": args.minutes,
         "samples": args.samples,
         "emulated": args.emulated,
+        "cases": None if args.cases is None else args.cases.name,
         "targets": [list(t.key) for t in targets],
     }
     verifier = Verifier(backends, args.seed, args.samples)

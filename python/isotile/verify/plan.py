@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import ops, registry, spec, testing
+from ..record import NotARecording, load
 from ..spec import FLOATS, OpSpec
 from ..testing.draws import Seeded
 from ..testing.recipes import KINDS, draw_recipe, dtype_name, kinds_of, samples_of
@@ -37,6 +38,10 @@ class Target:
         source = Seeded(seed, *(zlib.crc32(word.encode()) for word in self.key), index)
         return draw_recipe(source, self.spec, self.dtype, wanted=wanted)
 
+    def repeatable(self, seed: int, index: int) -> str | dict[str, Any]:
+        """What `python -m isotile.testing` repeats example `index` from: its name."""
+        return f"{seed}/{'/'.join(self.key)}/{index}"
+
     @property
     def demands(self) -> list[dict[str, Any]]:
         """Each value of each option, one at a time."""
@@ -53,6 +58,43 @@ class Target:
         if "exact_on_integers" in self.spec.laws:  # what is promised of them is promised without an activation
             found.insert(1, {"kind": "integers", **({"activation": None} if "activation" in options else {})})
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedTarget(Target):
+    """The recorded calls of one operator in one dtype: their shapes, strides and options, with drawn values."""
+
+    recipes: tuple[dict[str, Any], ...] = ()
+
+    def recipe(self, seed: int, index: int) -> dict[str, Any]:
+        """Call after call, then the same with other kinds of values."""
+        again, which = divmod(index, len(self.recipes))
+        kinds = kinds_of(self.spec)
+        drawn = zlib.crc32(f"{seed}/{index}".encode()) >> 1
+        return self.recipes[which] | {"seed": drawn, "kind": kinds[again % len(kinds)]}
+
+    def repeatable(self, seed: int, index: int) -> dict[str, Any]:
+        return self.recipe(seed, index)
+
+    @property
+    def demands(self) -> list[dict[str, Any]]:
+        return list(self.recipes)
+
+
+def recorded(path: Path, names: list[str], dtypes: list[str]) -> list[Target]:
+    """The targets of a recording of `isotile.record`.
+
+    Raises:
+        NotARecording: the file is none, or holds no call of these operators and dtypes.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for call in load(path):
+        recipe = call.recipe()
+        if (not names or call.op in names) and recipe["dtype"] in dtypes:
+            found.setdefault((call.op, recipe["dtype"]), []).append(recipe)
+    if not found:
+        raise NotARecording(f"{path}: it holds no call of the chosen operators and dtypes")
+    return [RecordedTarget(registry.spec(op), DTYPES[d], tuple(recipes)) for (op, d), recipes in found.items()]
 
 
 def targets(names: list[str], dtypes: list[str]) -> list[Target]:

@@ -100,7 +100,7 @@ class Verifier:
         op, dtype = target.key
         recipe, spec = subject.recipe, subject.spec
         repeat = repeat_line(recipe, subject.backend, subject.device)
-        short = repeat_line(f"{self.seed}/{name}", subject.backend, subject.device)
+        short = repeat_line(target.repeatable(self.seed, _index(name)), subject.backend, subject.device)
         special = recipe["kind"] == "specials"
         agreement = self.ledger(op, dtype, subject.backend, "nonfinite" if special else "agreement")
         memory = self.ledger(op, dtype, subject.backend, "memory")
@@ -146,7 +146,7 @@ class Verifier:
                 continue
             claim = self.ledger(op, dtype, subject.backend, law)
             repeat = repeat_line(subject.recipe, subject.backend, subject.device, law)
-            short = repeat_line(f"{self.seed}/{name}", subject.backend, subject.device, law)
+            short = repeat_line(target.repeatable(self.seed, index), subject.backend, subject.device, law)
             try:
                 found = LAWS[law].check(subject)
             except Inapplicable as why:
@@ -224,6 +224,11 @@ def _inputs(call: Call, derived: bool) -> str | None:
     made = DERIVED.get(call.spec.name, ())
     chosen = [call.values[n] for n in call.spec.tensors if (n in made) == derived]
     return figures.digest(*chosen) if chosen else None
+
+
+def _index(name: str) -> int:
+    """Of an example op/dtype/index."""
+    return int(name.rpartition("/")[2])
 
 
 def _words(error: BackendError) -> str:
