@@ -60,6 +60,14 @@ def as_bytes(x):
     return x.byte() if hasattr(x, "byte") else x.view(np.uint8)
 
 
+def as_words(seed):
+    """[1] int64 as [1, 2] int32, the low word first; None stays None."""
+    if seed is None:
+        return None
+    fresh = seed.repeat(2)[0:1]  # one element, whose stride may be anything in seed
+    return fresh.view(seed.int().dtype if hasattr(seed, "int") else np.int32).reshape(1, 2)
+
+
 def as_int32(x):
     return x.int() if hasattr(x, "int") else x.astype(np.int32)
 

@@ -2,7 +2,8 @@
 
 Group ends are run-time values, so each group runs a device loop over its row tiles: 128 row indices (those past the
 group's end pushed out of bounds) gather the rows by indirect DMA, and scatter the result; out-of-bounds entries are
-skipped. Weights of one group and column block stay in SBUF during the loop. Two cores split the columns.
+skipped. Weights of one group and column block stay in SBUF during the loop. Two cores split the columns. A contraction
+above SEGMENT columns is cut; the parts add up in float32 in HBM.
 """
 
 # Plain loops with append: the parser front end takes a subset of Python.
@@ -17,6 +18,7 @@ from .matmul import load_contraction
 
 WEIGHT_BYTES = 65536
 SUM_BYTES = 65536
+SEGMENT = 16384  # columns of one row of a in SBUF
 BEYOND = 1 << 30
 
 
@@ -88,8 +90,10 @@ def grouped_kernel(a, b, offsets, turned, y_dtype):
     scratch = nl.ndarray((1, 1), nl.int32, buffer=nl.private_hbm)
     ends, ends_across = _group_ends(offsets, total)
     lanes = _lanes()
-    steps = (k + 127) // 128
-    n_block = max(128, min(2048, WEIGHT_BYTES // (steps * a.dtype.itemsize) // 128 * 128))
+    partial_hbm = y_hbm
+    if k > SEGMENT:
+        partial_hbm = nl.ndarray((total, n), nl.float32, buffer=nl.private_hbm)
+    n_block = max(128, min(2048, WEIGHT_BYTES // ((min(k, SEGMENT) + 127) // 128 * a.dtype.itemsize) // 128 * 128))
     first, last = my_tiles(n, 128)
     for g in range(groups):
         start = _register(ends[:, g : g + 1])
@@ -97,34 +101,42 @@ def grouped_kernel(a, b, offsets, turned, y_dtype):
         end_across = ends_across[:, g + 1 : g + 2]
         for n0 in range(first, last, n_block):
             n1 = min(last, n0 + n_block)
-            weights = []
-            for k0 in range(0, k, 128):
-                weights.append(load_contraction(b[g], turned, k0, min(k, k0 + 128), n0, n1))
+            for s0 in range(0, k, SEGMENT):
+                s1 = min(k, s0 + SEGMENT)
+                weights = []
+                for k0 in range(s0, s1, 128):
+                    weights.append(load_contraction(b[g], turned, k0, min(s1, k0 + 128), n0, n1))
 
-            def body(row, weights=weights, n0=n0, n1=n1, end_across=end_across):
-                index = _row_indices(row, end_across, lanes, scratch)
-                rows_sbuf = _gather(a, index, 0, k)
-                lefts = []
-                for k0 in range(0, k, 128):
-                    k1 = min(k, k0 + 128)
-                    left = nl.ndarray((k1 - k0, 128), a.dtype, buffer=nl.sbuf)
-                    nisa.dma_transpose(dst=left, src=rows_sbuf[:, k0:k1])
-                    lefts.append(left)
-                y = nl.ndarray((128, n1 - n0), dtype, buffer=nl.sbuf)
-                for c in range(0, n1 - n0, 512):
-                    stop = min(n1 - n0, c + 512)
-                    bank = nl.ndarray((128, stop - c), nl.float32, buffer=nl.psum)
-                    for step in range(steps):
-                        nisa.nc_matmul(
-                            dst=bank,
-                            stationary=lefts[step],
-                            moving=weights[step][:, c:stop],
-                            accumulate=step > 0,
-                        )
-                    nisa.tensor_copy(dst=y[:, c:stop], src=bank)
-                _scatter(y_hbm, index, n0, n1, y)
+                def body(row, weights=weights, s0=s0, s1=s1, n0=n0, n1=n1, end_across=end_across):
+                    index = _row_indices(row, end_across, lanes, scratch)
+                    rows_sbuf = _gather(a, index, s0, s1)
+                    lefts = []
+                    for k0 in range(0, s1 - s0, 128):
+                        k1 = min(s1 - s0, k0 + 128)
+                        left = nl.ndarray((k1 - k0, 128), a.dtype, buffer=nl.sbuf)
+                        nisa.dma_transpose(dst=left, src=rows_sbuf[:, k0:k1])
+                        lefts.append(left)
+                    before = rows_sbuf
+                    if s0 > 0:
+                        before = _gather(partial_hbm, index, n0, n1)
+                    y = nl.ndarray((128, n1 - n0), dtype if s1 == k else nl.float32, buffer=nl.sbuf)
+                    for c in range(0, n1 - n0, 512):
+                        stop = min(n1 - n0, c + 512)
+                        bank = nl.ndarray((128, stop - c), nl.float32, buffer=nl.psum)
+                        for step in range(len(lefts)):
+                            nisa.nc_matmul(
+                                dst=bank,
+                                stationary=lefts[step],
+                                moving=weights[step][:, c:stop],
+                                accumulate=step > 0,
+                            )
+                        if s0 > 0:
+                            nisa.tensor_tensor(dst=y[:, c:stop], data1=before[:, c:stop], data2=bank, op=nl.add)
+                        else:
+                            nisa.tensor_copy(dst=y[:, c:stop], src=bank)
+                    _scatter(y_hbm if s1 == k else partial_hbm, index, n0, n1, y)
 
-            nl.fori_loop(start, end, body, step=128)
+                nl.fori_loop(start, end, body, step=128)
     after = _register(ends[:, groups : groups + 1])
     limit = constant(128, 1, total, nl.int32)
 
@@ -148,34 +160,36 @@ def grouped_weight_kernel(grad, a, offsets, groups, y_dtype):
     scratch = nl.ndarray((1, 1), nl.int32, buffer=nl.private_hbm)
     ends, ends_across = _group_ends(offsets, total)
     lanes = _lanes()
-    steps = (k + 127) // 128
-    n_block = max(128, min(2048, SUM_BYTES // (steps * 4) // 128 * 128))
+    n_block = max(128, min(2048, SUM_BYTES // ((min(k, SEGMENT) + 127) // 128 * 4) // 128 * 128))
     first, last = my_tiles(n, 128)
     for g in range(groups):
         start = _register(ends[:, g : g + 1])
         end = _register(ends[:, g + 1 : g + 2])
         end_across = ends_across[:, g + 1 : g + 2]
-        for n0 in range(first, last, n_block):
-            n1 = min(last, n0 + n_block)
-            sums = []
-            for k0 in range(0, k, 128):
-                sums.append(constant(min(k, k0 + 128) - k0, n1 - n0, 0.0, nl.float32))
-
-            def body(row, sums=sums, n0=n0, n1=n1, end_across=end_across):
-                index = _row_indices(row, end_across, lanes, scratch)
-                a_sbuf = _gather(a, index, 0, k)
-                g_sbuf = _gather(grad, index, n0, n1)
+        for s0 in range(0, k, SEGMENT):
+            s1 = min(k, s0 + SEGMENT)
+            steps = (s1 - s0 + 127) // 128
+            for n0 in range(first, last, n_block):
+                n1 = min(last, n0 + n_block)
+                sums = []
                 for step in range(steps):
-                    k0, k1 = step * 128, min(k, step * 128 + 128)
-                    for c in range(0, n1 - n0, 512):
-                        stop = min(n1 - n0, c + 512)
-                        bank = nl.ndarray((k1 - k0, stop - c), nl.float32, buffer=nl.psum)
-                        nisa.nc_matmul(dst=bank, stationary=a_sbuf[:, k0:k1], moving=g_sbuf[:, c:stop])
-                        held = sums[step][:, c:stop]
-                        nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
+                    sums.append(constant(min(s1 - s0, step * 128 + 128) - step * 128, n1 - n0, 0.0, nl.float32))
 
-            nl.fori_loop(start, end, body, step=128)
-            for step in range(steps):
-                k0, k1 = step * 128, min(k, step * 128 + 128)
-                nisa.dma_copy(dst=out_hbm[g, k0:k1, n0:n1], src=sums[step])
+                def body(row, sums=sums, s0=s0, s1=s1, n0=n0, n1=n1, end_across=end_across):
+                    index = _row_indices(row, end_across, lanes, scratch)
+                    a_sbuf = _gather(a, index, s0, s1)
+                    g_sbuf = _gather(grad, index, n0, n1)
+                    for step in range(len(sums)):
+                        k0, k1 = step * 128, min(s1 - s0, step * 128 + 128)
+                        for c in range(0, n1 - n0, 512):
+                            stop = min(n1 - n0, c + 512)
+                            bank = nl.ndarray((k1 - k0, stop - c), nl.float32, buffer=nl.psum)
+                            nisa.nc_matmul(dst=bank, stationary=a_sbuf[:, k0:k1], moving=g_sbuf[:, c:stop])
+                            held = sums[step][:, c:stop]
+                            nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
+
+                nl.fori_loop(start, end, body, step=128)
+                for step in range(steps):
+                    k0, k1 = s0 + step * 128, min(s1, s0 + step * 128 + 128)
+                    nisa.dma_copy(dst=out_hbm[g, k0:k1, n0:n1], src=sums[step])
     return out_hbm

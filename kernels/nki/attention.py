@@ -10,7 +10,7 @@ they fit RESIDENT_BYTES.
 
 Blocks that no query of the tile sees are skipped; a block that some see is masked by run-time bounds (range_select).
 There a value that is not finite is replaced by 0 and added back for the queries that see it, so that 0 * NaN never
-leaks.
+leaks; a visible weight that underflows counts there as positive.
 """
 
 # Plain loops with append: the parser front end takes a subset of Python.
@@ -22,7 +22,18 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from ._arrays import FLOATS, as_bytes, as_int32, dense, dtype_name, refuse_dtypes, refuse_empty, squeezed_mask
+from ._arrays import (
+    FLOATS,
+    as_bytes,
+    as_int32,
+    as_words,
+    dense,
+    dtype_name,
+    refuse_dtypes,
+    refuse_empty,
+    squeezed_mask,
+)
+from ._philox import keep_tile, philox_keys
 from ._tiles import FLOAT32_MIN, column, constant, load_across, my_tiles
 from .matmul import load_contraction
 
@@ -227,7 +238,7 @@ def finite_part(v):
 
 
 def _add_infinities(total, counts_psum, op):
-    """total +- infinity where the count, a sum of probabilities, is positive."""
+    """total +- infinity where the count is positive."""
     term = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
     nisa.tensor_scalar(
         dst=term, data=counts_psum, op0=nl.multiply, operand0=FLOAT32_MAX, op1=nl.multiply, operand1=FLOAT32_MAX
@@ -297,10 +308,20 @@ def load_keys(key, k0, k1):
     return tiles
 
 
+def _keep(k0, k1, q0, q1, b, h, heads, dropout_keys, options):
+    """Dropout's mask of queries [q0, q1) and keys [k0, k1); packed, of the group's heads and query 0."""
+    p, width = q1 - q0, k1 - k0
+    packed = options["packed"]
+    if packed:
+        row0 = (b * heads + h) * options["group"] + q0
+        return keep_tile(p, width, k0, 0, row0, packed, dropout_keys, options["threshold"])
+    return keep_tile(p, width, k0, q0, b * heads + h, packed, dropout_keys, options["threshold"])
+
+
 @nki.jit
-def attention_kernel(query, key, value, mask, sinks, slopes, seqlens, options):
+def attention_kernel(query, key, value, mask, sinks, slopes, seqlens, seed, options):
     """query [B, hq, sq, d], key [B, hk, sk, d], value [B, hk, sk, dv], mask [B|1, hq|1, sq|1, sk], sinks and slopes
-    [heads, 1], seqlens [B, 1] int32 -> out [B, hq, sq, dv], lse [B, hq, sq, 1].
+    [heads, 1], seqlens [B, 1] int32, seed [1, 2] int32 -> out [B, hq, sq, dv], lse [B, hq, sq, 1].
     """
     batch, heads, sq, d = query.shape
     kv_heads, sk, dv = key.shape[1], key.shape[2], value.shape[3]
@@ -309,6 +330,9 @@ def attention_kernel(query, key, value, mask, sinks, slopes, seqlens, options):
     lse_hbm = nl.ndarray((batch, heads, sq, 1), nl.float32, buffer=nl.shared_hbm)
     sections = range(0, sk, SECTION)
     resident = sk * (((d + 127) // 128) + (dv + 127) // 128) * query.dtype.itemsize <= RESIDENT_BYTES
+    dropout_keys = 0
+    if options["has_dropout"]:
+        dropout_keys = philox_keys(seed)
     pairs = batch * kv_heads
     pair_range = (0, pairs)
     tile_first, tile_step = 0, 1
@@ -341,13 +365,14 @@ def attention_kernel(query, key, value, mask, sinks, slopes, seqlens, options):
                 q1 = min(sq, q0 + 128)
                 _query_tile(
                     query, key, value, mask, sinks, slopes, options, out_hbm, lse_hbm, b, h, kv, q0, q1, keys_across,
-                    held, resident,
+                    held, resident, dropout_keys,
                 )  # fmt: skip
     return out_hbm, lse_hbm
 
 
 def _query_tile(
     query, key, value, mask, sinks, slopes, options, out_hbm, lse_hbm, b, h, kv, q0, q1, keys_across, held, resident,
+    dropout_keys,
 ):  # fmt: skip
     sk, d, dv = key.shape[2], key.shape[3], value.shape[3]
     sq = options["queries"]
@@ -368,6 +393,8 @@ def _query_tile(
         )
         nisa.activation(dst=total, op=nl.exp, data=sink, bias=minus_top)
     acc = constant(p, dv, 0.0, nl.float32)
+    lowest = constant(p, 1, FLOAT32_MIN, nl.float32)
+    best = constant(p, 1, FLOAT32_MIN, nl.float32)  # of all scores: stays if the row sees nothing
     natural = options["natural"]
     factor = 1.0 if natural else options["scale"]
     turned_count = 0
@@ -409,6 +436,10 @@ def _query_tile(
             scores.append(score)
         minus_best = column(p)
         nisa.tensor_reduce(dst=minus_best, op=nl.maximum, data=tops, axis=1, negate=True)
+        if options["has_sinks"]:
+            nisa.scalar_tensor_tensor(
+                dst=best, data=minus_best, op0=nl.multiply, operand0=-1.0, op1=nl.maximum, operand1=best
+            )
         new_minus_top = column(p)
         nisa.tensor_scalar(
             dst=new_minus_top,
@@ -422,6 +453,11 @@ def _query_tile(
         nisa.activation(dst=shrink, op=nl.exp, data=minus_top, scale=-1.0, bias=new_minus_top)
         minus_top = new_minus_top
         power = nl.ndarray((p, k1 - k0), query.dtype, buffer=nl.sbuf)
+        lost = visible = power
+        if options["has_dropout"]:
+            lost = nl.ndarray((p, k1 - k0), query.dtype, buffer=nl.sbuf)
+        if options["has_mask"] or options["per_query_bounds"]:
+            visible = nl.ndarray((p, k1 - k0), query.dtype, buffer=nl.sbuf)
         part = column(p)
         for i in range(len(seen)):
             start, stop, kind = seen[i]
@@ -436,6 +472,28 @@ def _query_tile(
                 reduce_res=part,
                 reduce_cmd=how,
             )
+            if options["has_mask"] or (kind == 2 and options["per_query_bounds"]):
+                nisa.tensor_tensor(
+                    dst=visible[:, start - k0 : stop - k0],
+                    data1=scores[i],
+                    data2=lowest.broadcast(1, stop - start),
+                    op=nl.not_equal,
+                    engine=nisa.engine.gpsimd,
+                )
+            if options["has_dropout"]:
+                keep = _keep(start, stop, q0, q1, b, h, query.shape[1], dropout_keys, options)
+                here = power[:, start - k0 : stop - k0]
+                if options["has_mask"] or (kind == 2 and options["per_query_bounds"]):
+                    nisa.scalar_tensor_tensor(
+                        dst=lost[:, start - k0 : stop - k0],
+                        data=keep,
+                        op0=nl.subtract,
+                        operand0=1.0,
+                        reverse0=True,
+                        op1=nl.multiply,
+                        operand1=visible[:, start - k0 : stop - k0],
+                    )
+                nisa.tensor_tensor(dst=here, data1=here, data2=keep, op=nl.multiply)
         nisa.scalar_tensor_tensor(
             dst=total, data=total, op0=nl.multiply, operand0=shrink, op1=nl.add, operand1=part
         )
@@ -455,9 +513,16 @@ def _query_tile(
                     minus_psum = nl.ndarray((p, dv), nl.float32, buffer=nl.psum)
                 guards += 1
                 clean, plus, minus = finite_part(v)
+                seeing = turn(visible[:, first : first + (rows - 1) * step + 1 : step], 0, p > 64)
                 nisa.nc_matmul(dst=out_psum, stationary=turned, moving=clean)
-                nisa.nc_matmul(dst=plus_psum, stationary=turned, moving=plus)
-                nisa.nc_matmul(dst=minus_psum, stationary=turned, moving=minus)
+                nisa.nc_matmul(dst=plus_psum, stationary=seeing, moving=plus)
+                nisa.nc_matmul(dst=minus_psum, stationary=seeing, moving=minus)
+                if options["has_dropout"]:  # a dropped weight is 0, and 0 * infinity is NaN: +infinity - infinity
+                    either = nl.ndarray(v.shape, v.dtype, buffer=nl.sbuf)
+                    nisa.tensor_tensor(dst=either, data1=plus, data2=minus, op=nl.add)
+                    turned_lost = turn(lost[:, first : first + (rows - 1) * step + 1 : step], 0, p > 64)
+                    nisa.nc_matmul(dst=plus_psum, stationary=turned_lost, moving=either)
+                    nisa.nc_matmul(dst=minus_psum, stationary=turned_lost, moving=either)
             else:
                 nisa.nc_matmul(dst=out_psum, stationary=turned, moving=v)
         nisa.scalar_tensor_tensor(
@@ -469,8 +534,15 @@ def _query_tile(
     inverse = column(p)
     nisa.tensor_scalar(dst=inverse, data=total, op0=nl.maximum, operand0=1.0e-37)
     nisa.reciprocal(dst=inverse, data=inverse)
+    if options["has_sinks"]:  # a row that sees nothing is 0, whatever the sink is
+        nothing = nl.ndarray((p, 1), nl.uint8, buffer=nl.sbuf)
+        nisa.tensor_scalar(dst=nothing, data=best, op0=nl.equal, operand0=FLOAT32_MIN)
+        nisa.tensor_copy_predicated(dst=inverse, src=0.0, predicate=nothing)
+        nisa.tensor_copy_predicated(dst=acc, src=0.0, predicate=nothing.broadcast(1, dv))
     out = nl.ndarray((p, dv), query.dtype, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=out, data=acc, op0=nl.multiply, operand0=inverse)
+    nisa.tensor_scalar(
+        dst=out, data=acc, op0=nl.multiply, operand0=inverse, op1=nl.multiply, operand1=options["keep_scale"]
+    )
     nisa.dma_copy(dst=out_hbm[b, h, q0:q1], src=out)
     lse = column(p)
     nisa.activation(dst=lse, op=nl.log, data=total)
@@ -480,7 +552,7 @@ def _query_tile(
 
 def options_of(
     query, key, attn_mask, sinks, alibi_slopes, seqlens_k, *, is_causal, scale, bottom_right, window_left, window_right,
-    softcap, packed,
+    softcap, dropout_p, packed,
 ):  # fmt: skip
     """The static choices of both attention kernels."""
     group = query.shape[-3] // key.shape[-3]
@@ -501,6 +573,9 @@ def options_of(
         "per_query_bounds": per_query,
         "natural": softcap > 0 or alibi_slopes is not None or attn_mask is not None or not steady,
         "span": 128 if per_query or attn_mask is not None else SECTION,
+        "has_dropout": dropout_p > 0,
+        "threshold": math.ceil(dropout_p * 2**24),
+        "keep_scale": 1.0 / (1.0 - dropout_p),
         "packed": packed,
         "group": group,
         "row_step": 0 if packed else 1,
@@ -511,8 +586,6 @@ def options_of(
 def supports(
     query, key, value, attn_mask=None, sinks=None, alibi_slopes=None, seqlens_k=None, dropout_seed=None, **rest
 ):
-    if rest.get("dropout_p"):
-        return "dropout: the engines have no Philox-4x32-10, so the mask could not be that of the other backends"
     given = {"query": query, "key": key, "value": value, "sinks": sinks, "alibi_slopes": alibi_slopes}
     for name, size in (("head_dim", query.shape[-1]), ("value head_dim", value.shape[-1])):
         if size > 512:
@@ -541,7 +614,8 @@ def run(
     packed = shape[-2] == 1 and 1 < group <= 128
     options = options_of(
         query, key, attn_mask, sinks, alibi_slopes, seqlens_k, is_causal=is_causal, scale=scale,
-        bottom_right=bottom_right, window_left=window_left, window_right=window_right, softcap=softcap, packed=packed,
+        bottom_right=bottom_right, window_left=window_left, window_right=window_right, softcap=softcap,
+        dropout_p=dropout_p, packed=packed,
     )  # fmt: skip
     q, k, v = heads_of(query), heads_of(key), heads_of(value)
     mask = None if attn_mask is None else squeezed_mask(attn_mask)
@@ -553,6 +627,6 @@ def run(
         mask = as_bytes(mask)
     lengths = None if seqlens_k is None else as_int32(dense(seqlens_k)).reshape(q.shape[0], 1)
     out, lse = attention_kernel[cores](
-        q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths, options
+        q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths, as_words(dropout_seed), options
     )
     return {"out": out.reshape((*shape[:-1], value.shape[-1])), "lse": lse.reshape(shape[:-1])}

@@ -2,9 +2,11 @@
 
 Query tiles of 128 in the outer loop, key blocks of 512 inside. Scores are taken again; P = exp(score - lse), dS = P
 * (dO v^T - D) with D = sum(dO * out) - grad_lse. grad_key and grad_value of one key/value head stay in SBUF in
-float32 while all query tiles of its group pass; P and dS have queries on partitions, so their products with dO and q
-need no transpose; only dS is turned for grad_query. Hidden pairs are set to exactly 0 in P and dS, and where some
-pairs of a block are hidden, what is not finite in dO, q and k is kept from meeting those zeros.
+float32 while all query tiles of its group pass, as many keys at a time as fit SBUF_BYTES; with several such sections,
+or with two cores that share one head's keys, grad_query adds up in HBM in float32. P and dS have queries on
+partitions, so their products with dO and q need no transpose; only dS is turned for grad_query. Hidden pairs are set
+to exactly 0 in P and dS, and where some pairs of a block are hidden, what is not finite in dO, q and k is kept from
+meeting those zeros.
 """
 
 # Plain loops with append: the parser front end takes a subset of Python.
@@ -14,11 +16,13 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from ._arrays import as_bytes, as_int32, dense, dtype_name, squeezed_mask
+from ._arrays import as_bytes, as_int32, as_words, dense, dtype_name, squeezed_mask
+from ._philox import philox_keys
 from ._tiles import DTYPES, add_other_core, column, constant, load, load_across, my_tiles, sum_partitions
 from .attention import (
     FLOOR,
     _add_infinities,
+    _keep,
     block_kind,
     drop_past_end,
     finite_part,
@@ -92,7 +96,8 @@ def _store_scaled(dst_hbm, held, scale):
 
 @nki.jit
 def attention_backward_kernel(
-    grad_out, grad_lse, query, key, value, mask, sinks, slopes, seqlens, out, lse, options, mask_dtype, sinks_dtype,
+    grad_out, grad_lse, query, key, value, mask, sinks, slopes, seqlens, seed, out, lse, options, mask_dtype,
+    sinks_dtype,
 ):  # fmt: skip
     """Shapes as in attention_kernel; grad_lse and lse [B, hq, sq, 1]. Returns grad_query, grad_key, grad_value, then
     grad_mask [B, hq, sq, sk] and grad_sinks [1, hq] where wanted.
@@ -114,7 +119,28 @@ def attention_backward_kernel(
         grad_sinks_hbm = nl.ndarray((1, heads), DTYPES[sinks_dtype], buffer=nl.shared_hbm)
         results.append(grad_sinks_hbm)
         sink_sums = constant(128, heads, 0.0, nl.float32)
+    dropout_keys = 0
+    if options["has_dropout"]:
+        dropout_keys = philox_keys(seed)
     first, last = my_tiles(batch * kv_heads, 1)
+    section = options["section"]
+    # One head for two cores: each takes half of the keys.
+    split = batch * kv_heads == 1 and nl.num_programs(0) == 2 and sk > 512
+    key_first, key_last = 0, sk
+    mine = 0
+    if split:
+        first, last = 0, 1
+        mine = nl.program_id(0)
+        half = (sk + 1023) // 1024 * 512
+        if mine == 0:
+            key_last = half
+        else:
+            key_first = half
+    partial_hbm = grad_q_hbm
+    if split:
+        partial_hbm = nl.ndarray((2, heads, sq, d), nl.float32, buffer=nl.shared_hbm)
+    elif sk > section:
+        partial_hbm = nl.ndarray((1, heads, sq, d), nl.float32, buffer=nl.private_hbm)
     for pair in range(first, last):
         b, kv = pair // kv_heads, pair % kv_heads
         keys_across = column(128)
@@ -129,126 +155,160 @@ def attention_backward_kernel(
                 op1=nl.minimum,
                 operand1=float(sk),
             )
-        k_turned = _contractions(key[b, kv], 0, sk)
-        v_turned = _contractions(value[b, kv], 0, sk)
-        k_rows = []
-        grad_k = []
-        grad_v = []
-        for c in range(0, sk, 128):
-            stop = min(sk, c + 128)
-            k_rows.append(
-                drop_past_end(load(key[b, kv, c:stop], key.dtype), c, [[1, 1]], 1, d, keys_across, options)
-            )
-            grad_k.append(constant(stop - c, d, 0.0, nl.float32))
-            grad_v.append(constant(stop - c, dv, 0.0, nl.float32))
-        for h in range(kv * group, kv * group + group):
-            for q0 in range(0, sq, 128):
-                q1 = min(sq, q0 + 128)
-                p = q1 - q0
-                q_turned = _contractions(query[b, h], q0, q1)
-                o_turned = _contractions(grad_out[b, h], q0, q1)
-                q_rows = load(query[b, h, q0:q1], query.dtype)
-                do_rows = load(grad_out[b, h, q0:q1], grad_out.dtype)
-                o_rows = load(out[b, h, q0:q1], out.dtype)
-                own_lse = load(lse[b, h, q0:q1], nl.float32)
-                product = nl.ndarray((p, dv), nl.float32, buffer=nl.sbuf)
-                nisa.tensor_tensor(dst=product, data1=do_rows, data2=o_rows, op=nl.multiply)
-                dot = column(p)
-                nisa.tensor_reduce(dst=dot, op=nl.add, data=product, axis=1)
-                if options["has_grad_lse"]:
-                    upstream = load(grad_lse[b, h, q0:q1], nl.float32)
-                    nisa.tensor_tensor(dst=dot, data1=dot, data2=upstream, op=nl.subtract)
-                minus_lse = column(p)
-                nisa.tensor_scalar(
-                    dst=minus_lse, data=own_lse, op0=nl.maximum, operand0=FLOOR, op1=nl.multiply, operand1=-1.0
+        for s0 in range(key_first, key_last, section):
+            s1 = min(key_last, s0 + section)
+            k_turned = _contractions(key[b, kv], s0, s1)
+            v_turned = _contractions(value[b, kv], s0, s1)
+            k_rows = []
+            grad_k = []
+            grad_v = []
+            for c in range(s0, s1, 128):
+                stop = min(s1, c + 128)
+                k_rows.append(
+                    drop_past_end(load(key[b, kv, c:stop], key.dtype), c, [[1, 1]], 1, d, keys_across, options)
                 )
-                position, low, high = query_bounds(q0, p, sq, sk, keys_across, options)
-                slope = position
-                if options["has_alibi"]:
-                    slope = head_column(slopes, b, h, p, options)
-                if options["need_sinks"]:
-                    sink = head_column(sinks, b, h, p, options)
-                    weight = column(p)
-                    nisa.activation(dst=weight, op=nl.exp, data=sink, bias=minus_lse)
-                    nisa.tensor_tensor(dst=weight, data1=weight, data2=dot, op=nl.multiply)
-                    held = sink_sums[0:p, h : h + 1]
-                    nisa.tensor_tensor(dst=held, data1=held, data2=weight, op=nl.subtract)
-                grad_q = constant(p, d, 0.0, nl.float32)
-                turned_count = 0
-                for k0 in range(0, sk, 512):
-                    k1 = min(sk, k0 + 512)
-                    width = k1 - k0
-                    kind = block_kind(k0, k1, q0, q1, sq, sk, options)
-                    if kind == 0:
-                        if options["need_mask"]:
-                            zeros = constant(p, width, 0.0, DTYPES[mask_dtype])
-                            nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=zeros)
-                        continue
-                    score = products(q_turned, k_turned, k0, k1)
-                    raw = score
-                    mask_sbuf = score
-                    if options["has_mask"]:
-                        mask_sbuf = load_mask(mask, b, h, q0, q1, k0, k1)
-                    factor = options["scale"]
-                    if options["natural"]:
-                        score = natural_scores(raw, k0, position, slope, mask_sbuf, options)
-                        factor = 1.0
-                    power = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
-                    nisa.activation(dst=power, op=nl.exp, data=score, scale=factor, bias=minus_lse)
-                    grad_p = products(o_turned, v_turned, k0, k1)
-                    grad_s = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
-                    if kind == 2:
-                        _zero_outside(power, k0, low, high)
-                    if options["has_mask"]:
-                        nisa.tensor_copy_predicated(dst=power, src=0.0, predicate=hidden_by_mask(mask_sbuf))
-                    nisa.scalar_tensor_tensor(
-                        dst=grad_s,
-                        data=grad_p,
-                        op0=nl.subtract,
-                        operand0=dot,
-                        op1=nl.multiply,
-                        operand1=power,
+                grad_k.append(constant(stop - c, d, 0.0, nl.float32))
+                grad_v.append(constant(stop - c, dv, 0.0, nl.float32))
+            for h in range(kv * group, kv * group + group):
+                for q0 in range(0, sq, 128):
+                    q1 = min(sq, q0 + 128)
+                    p = q1 - q0
+                    q_turned = _contractions(query[b, h], q0, q1)
+                    o_turned = _contractions(grad_out[b, h], q0, q1)
+                    q_rows = load(query[b, h, q0:q1], query.dtype)
+                    do_rows = load(grad_out[b, h, q0:q1], grad_out.dtype)
+                    o_rows = load(out[b, h, q0:q1], out.dtype)
+                    own_lse = load(lse[b, h, q0:q1], nl.float32)
+                    product = nl.ndarray((p, dv), nl.float32, buffer=nl.sbuf)
+                    nisa.tensor_tensor(dst=product, data1=do_rows, data2=o_rows, op=nl.multiply)
+                    dot = column(p)
+                    nisa.tensor_reduce(dst=dot, op=nl.add, data=product, axis=1)
+                    if options["has_grad_lse"]:
+                        upstream = load(grad_lse[b, h, q0:q1], nl.float32)
+                        nisa.tensor_tensor(dst=dot, data1=dot, data2=upstream, op=nl.subtract)
+                    minus_lse = column(p)
+                    nisa.tensor_scalar(
+                        dst=minus_lse, data=own_lse, op0=nl.maximum, operand0=FLOOR, op1=nl.multiply, operand1=-1.0
                     )
-                    if kind == 2:
-                        _zero_outside(grad_s, k0, low, high)
-                    if options["has_mask"]:
-                        nisa.tensor_copy_predicated(dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf))
-                    if options["need_mask"]:
-                        rounded = nl.ndarray((p, width), DTYPES[mask_dtype], buffer=nl.sbuf)
-                        nisa.tensor_copy(dst=rounded, src=grad_s)
-                        nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=rounded)
-                    if options["softcap"] > 0.0:
-                        bent = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
-                        nisa.activation(
-                            dst=bent, op=nl.tanh, data=raw, scale=options["scale"] / options["softcap"]
+                    position, low, high = query_bounds(q0, p, sq, sk, keys_across, options)
+                    slope = position
+                    if options["has_alibi"]:
+                        slope = head_column(slopes, b, h, p, options)
+                    if options["need_sinks"] and s0 == 0:
+                        sink = head_column(sinks, b, h, p, options)
+                        weight = column(p)
+                        nisa.activation(dst=weight, op=nl.exp, data=sink, bias=minus_lse)
+                        nisa.tensor_tensor(dst=weight, data1=weight, data2=dot, op=nl.multiply)
+                        held = sink_sums[0:p, h : h + 1]
+                        nisa.tensor_tensor(dst=held, data1=held, data2=weight, op=nl.subtract)
+                    grad_q = constant(p, d, 0.0, nl.float32)
+                    turned_count = 0
+                    for k0 in range(s0, s1, 512):
+                        k1 = min(s1, k0 + 512)
+                        width = k1 - k0
+                        kind = block_kind(k0, k1, q0, q1, sq, sk, options)
+                        if kind == 0:
+                            if options["need_mask"]:
+                                zeros = constant(p, width, 0.0, DTYPES[mask_dtype])
+                                nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=zeros)
+                            continue
+                        score = products(q_turned, k_turned, k0 - s0, k1 - s0)
+                        raw = score
+                        mask_sbuf = score
+                        if options["has_mask"]:
+                            mask_sbuf = load_mask(mask, b, h, q0, q1, k0, k1)
+                        factor = options["scale"]
+                        if options["natural"]:
+                            score = natural_scores(raw, k0, position, slope, mask_sbuf, options)
+                            factor = 1.0
+                        power = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+                        nisa.activation(dst=power, op=nl.exp, data=score, scale=factor, bias=minus_lse)
+                        grad_p = products(o_turned, v_turned, k0 - s0, k1 - s0)
+                        grad_s = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+                        if kind == 2:
+                            _zero_outside(power, k0, low, high)
+                        if options["has_mask"]:
+                            nisa.tensor_copy_predicated(dst=power, src=0.0, predicate=hidden_by_mask(mask_sbuf))
+                        keep = power
+                        if options["has_dropout"]:
+                            keep = _keep(k0, k1, q0, q1, b, h, heads, dropout_keys, options)
+                            grown = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+                            nisa.tensor_scalar(dst=grown, data=grad_p, op0=nl.multiply, operand0=options["keep_scale"])
+                            grad_p = constant(p, width, 0.0, nl.float32)
+                            nisa.tensor_copy_predicated(dst=grad_p, src=grown, predicate=keep)
+                        nisa.scalar_tensor_tensor(
+                            dst=grad_s,
+                            data=grad_p,
+                            op0=nl.subtract,
+                            operand0=dot,
+                            op1=nl.multiply,
+                            operand1=power,
                         )
-                        nisa.tensor_tensor(dst=bent, data1=bent, data2=bent, op=nl.multiply)
-                        nisa.tensor_scalar(dst=bent, data=bent, op0=nl.subtract, operand0=1.0, reverse0=True)
-                        nisa.tensor_tensor(dst=grad_s, data1=grad_s, data2=bent, op=nl.multiply)
                         if kind == 2:
                             _zero_outside(grad_s, k0, low, high)
                         if options["has_mask"]:
-                            nisa.tensor_copy_predicated(
-                                dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf)
+                            nisa.tensor_copy_predicated(dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf))
+                        if options["need_mask"]:
+                            rounded = nl.ndarray((p, width), DTYPES[mask_dtype], buffer=nl.sbuf)
+                            nisa.tensor_copy(dst=rounded, src=grad_s)
+                            nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=rounded)
+                        if options["softcap"] > 0.0:
+                            bent = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+                            nisa.activation(
+                                dst=bent, op=nl.tanh, data=raw, scale=options["scale"] / options["softcap"]
                             )
-                    low_power = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
-                    nisa.tensor_copy(dst=low_power, src=power)
-                    low_grad = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
-                    nisa.activation(dst=low_grad, op=nl.copy, data=grad_s)
-                    guarded = options["has_mask"] or (kind == 2 and options["per_query_bounds"])
-                    for c in range(k0, k1, 128):
-                        chunk = c // 128
-                        stop = min(k1, c + 128)
-                        _add_product(grad_v[chunk], low_power[:, c - k0 : stop - k0], do_rows, guarded)
-                        _add_product(grad_k[chunk], low_grad[:, c - k0 : stop - k0], q_rows, guarded)
-                        turned = turn(low_grad[:, c - k0 : stop - k0], turned_count, True)
-                        turned_count += 1
-                        _add_product(grad_q, turned, k_rows[chunk], guarded)
-                _store_scaled(grad_q_hbm[b, h, q0:q1], grad_q, options["scale"])
-        for c in range(0, sk, 128):
-            stop = min(sk, c + 128)
-            _store_scaled(grad_k_hbm[b, kv, c:stop], grad_k[c // 128], options["scale"])
-            _store_scaled(grad_v_hbm[b, kv, c:stop], grad_v[c // 128], 1.0)
+                            nisa.tensor_tensor(dst=bent, data1=bent, data2=bent, op=nl.multiply)
+                            nisa.tensor_scalar(dst=bent, data=bent, op0=nl.subtract, operand0=1.0, reverse0=True)
+                            nisa.tensor_tensor(dst=grad_s, data1=grad_s, data2=bent, op=nl.multiply)
+                            if kind == 2:
+                                _zero_outside(grad_s, k0, low, high)
+                            if options["has_mask"]:
+                                nisa.tensor_copy_predicated(
+                                    dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf)
+                                )
+                        low_power = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
+                        if options["has_dropout"]:
+                            nisa.scalar_tensor_tensor(
+                                dst=low_power,
+                                data=power,
+                                op0=nl.multiply,
+                                operand0=options["keep_scale"],
+                                op1=nl.multiply,
+                                operand1=keep,
+                            )
+                        else:
+                            nisa.tensor_copy(dst=low_power, src=power)
+                        low_grad = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
+                        nisa.activation(dst=low_grad, op=nl.copy, data=grad_s)
+                        guarded = options["has_mask"] or (kind == 2 and options["per_query_bounds"])
+                        for c in range(k0, k1, 128):
+                            chunk = (c - s0) // 128
+                            stop = min(k1, c + 128)
+                            _add_product(grad_v[chunk], low_power[:, c - k0 : stop - k0], do_rows, guarded)
+                            _add_product(grad_k[chunk], low_grad[:, c - k0 : stop - k0], q_rows, guarded)
+                            turned = turn(low_grad[:, c - k0 : stop - k0], turned_count, True)
+                            turned_count += 1
+                            _add_product(grad_q, turned, k_rows[chunk], guarded)
+                    if s0 > key_first:
+                        earlier = load(partial_hbm[mine, h, q0:q1], nl.float32)
+                        nisa.tensor_tensor(dst=grad_q, data1=grad_q, data2=earlier, op=nl.add)
+                    if split or s1 < key_last:
+                        nisa.dma_copy(dst=partial_hbm[mine, h, q0:q1], src=grad_q)
+                    else:
+                        _store_scaled(grad_q_hbm[b, h, q0:q1], grad_q, options["scale"])
+            for c in range(s0, s1, 128):
+                stop = min(s1, c + 128)
+                _store_scaled(grad_k_hbm[b, kv, c:stop], grad_k[(c - s0) // 128], options["scale"])
+                _store_scaled(grad_v_hbm[b, kv, c:stop], grad_v[(c - s0) // 128], 1.0)
+    if split:
+        nisa.core_barrier(data=partial_hbm, cores=(0, 1))
+        for h in range(heads):
+            for q0 in range(128 * mine, sq, 256):
+                q1 = min(sq, q0 + 128)
+                total_q = load(partial_hbm[0, h, q0:q1], nl.float32)
+                other_q = load(partial_hbm[1, h, q0:q1], nl.float32)
+                nisa.tensor_tensor(dst=total_q, data1=total_q, data2=other_q, op=nl.add)
+                _store_scaled(grad_q_hbm[0, h, q0:q1], total_q, options["scale"])
     if options["need_sinks"]:
         total = nl.ndarray((1, heads), nl.float32, buffer=nl.sbuf)
         sum_partitions(total, sink_sums, constant(128, 1, 1.0, nl.float32))
@@ -258,16 +318,17 @@ def attention_backward_kernel(
     return tuple(results)
 
 
+def section_of(d, dv, size):
+    """Keys that one section of SBUF_BYTES holds: turned keys and values, key rows, both gradients in float32."""
+    pieces = -(-d // 128) + -(-dv // 128)
+    each = 512 * pieces * size + 4 * (d * size + 4 * (d + dv))
+    return max(1, SBUF_BYTES // each) * 512
+
+
 def supports(
     grad_out, grad_lse=None, query=None, key=None, value=None, attn_mask=None, sinks=None, alibi_slopes=None,
     seqlens_k=None, dropout_seed=None, out=None, lse=None, **rest,
 ):  # fmt: skip
-    sk, d, dv = key.shape[-2], query.shape[-1], value.shape[-1]
-    size = 4 if dtype_name(query) == "float32" else 2
-    pieces = -(-d // 128) + -(-dv // 128)
-    need = sk * pieces * size + -(-sk // 128) * (d * size + 4 * (d + dv))
-    if need > SBUF_BYTES:
-        return f"{sk} keys of head_dim {d} and {dv} need {need} bytes of SBUF, the backward kernel has {SBUF_BYTES}"
     return supports_forward(query, key, value, attn_mask, sinks, alibi_slopes, seqlens_k, dropout_seed, **rest)
 
 
@@ -279,8 +340,10 @@ def run(
     """`outs`: dtype names of the wanted gradients, None for the others."""
     options = options_of(
         query, key, attn_mask, sinks, alibi_slopes, seqlens_k, is_causal=is_causal, scale=scale,
-        bottom_right=bottom_right, window_left=window_left, window_right=window_right, softcap=softcap, packed=False,
+        bottom_right=bottom_right, window_left=window_left, window_right=window_right, softcap=softcap,
+        dropout_p=dropout_p, packed=False,
     )  # fmt: skip
+    options["section"] = section_of(query.shape[-1], value.shape[-1], 4 if dtype_name(query) == "float32" else 2)
     options["need_mask"] = outs.get("grad_attn_mask") is not None
     options["need_sinks"] = outs.get("grad_sinks") is not None
     options["has_grad_lse"] = grad_lse is not None
@@ -293,7 +356,8 @@ def run(
     upstream = None if grad_lse is None else dense(grad_lse).reshape(rows)
     gradients = attention_backward_kernel[cores](
         heads_of(grad_out), upstream, q, k, v, mask, vector_of(sinks), vector_of(alibi_slopes), lengths,
-        heads_of(out), dense(lse).reshape(rows), options, outs.get("grad_attn_mask"), outs.get("grad_sinks"),
+        as_words(dropout_seed), heads_of(out), dense(lse).reshape(rows), options, outs.get("grad_attn_mask"),
+        outs.get("grad_sinks"),
     )  # fmt: skip
     found = list(gradients)
     results = {

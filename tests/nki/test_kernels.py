@@ -101,6 +101,15 @@ def test_norm_gradients_over_several_row_tiles(backend, draw):
     check("rms_norm_backward", g, x, (2500,), draw(2500), 1e-5)
 
 
+def test_norms_of_rows_wider_than_sbuf_keeps(backend, draw):
+    x, other, g = (draw(131, 17000) for _ in range(3))
+    w = draw(17000)
+    check("layer_norm", x, (17000,), w, draw(17000), 1e-5, residual=other)
+    check("rms_norm", x[:3], (17000,), None, 1e-5)
+    check("layer_norm_backward", g, x, (17000,), w, 1e-5, grad_sum=other)
+    check("rms_norm_backward", g[:5, :8200], x[:5, :8200], (8200,), w[:8200], 1e-5, weight_offset=1.0)
+
+
 def test_softmax_of_rows_wider_than_sbuf_keeps(backend, draw):
     check("softmax", draw(3, 9000) * 40, -1)
     check("softmax", draw(130, 5000) * 40, -1)
@@ -128,6 +137,14 @@ def test_grouped_matmul_with_empty_and_cut_groups(backend, draw):
     ends = torch.tensor([0, 130, 130, 290], dtype=torch.int32)
     check("grouped_matmul", draw(300, 200), draw(4, 200, 260), ends)
     check("grouped_matmul_backward", draw(300, 260), draw(300, 200), draw(4, 200, 260), ends)
+
+
+def test_grouped_matmul_of_a_contraction_wider_than_sbuf_keeps(backend, draw):
+    ends = torch.tensor([3, 7], dtype=torch.int32)
+    a, b = draw(9, 16600), draw(2, 16600, 40)
+    check("grouped_matmul", a, b, ends)
+    check("grouped_matmul_backward", draw(9, 40), a, b, ends)
+    check("grouped_matmul_backward", draw(3, 16400), draw(3, 5), draw(1, 5, 16400), ends[:1])
 
 
 def test_attention_over_several_sections(backend, draw):
@@ -174,6 +191,27 @@ def test_attention_gradients(backend, draw):
         "attention_backward", draw(*out.shape), draw(*lse.shape), q, k, v, out, lse, **options, need_mask=True,
         need_sinks=True,
     )  # fmt: skip
+
+
+def test_attention_dropout_draws_the_mask_of_every_backend(backend, draw):
+    seed = torch.tensor([-(2**40) - 12345])
+    q, k, v = draw(2, 4, 70, 16), draw(2, 2, 600, 16), draw(2, 2, 600, 16)
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "dropout_p": 0.3, "dropout_seed": seed}
+    check("attention", q, k, v, **options)
+    check("attention", draw(2, 8, 1, 16), k, v, dropout_p=0.4, dropout_seed=seed)  # decoding packs the heads
+    with use_backend("reference"), torch.no_grad():
+        out, lse = library.call("attention", q, k, v, **options)
+    check("attention_backward", draw(*out.shape), None, q, k, v, out, lse, **options)
+
+
+def test_attention_gradients_in_key_sections_and_split_over_cores(backend, draw, monkeypatch):
+    module = registry.kernel_module("nki", "attention_backward")
+    monkeypatch.setattr(module, "SBUF_BYTES", 8192)  # sections of 512 keys
+    q, k, v = draw(1, 2, 150, 16), draw(1, 1, 1300, 16), draw(1, 1, 1300, 8)
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "sinks": draw(2)}
+    with use_backend("reference"), torch.no_grad():
+        out, lse = library.call("attention", q, k, v, **options)
+    check("attention_backward", draw(*out.shape), draw(*lse.shape), q, k, v, out, lse, **options, need_sinks=True)
 
 
 class _Block(torch.nn.Module):
