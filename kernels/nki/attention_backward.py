@@ -41,6 +41,7 @@ from .attention import supports as supports_forward
 from .matmul import load_contraction
 
 SBUF_BYTES = 131072
+QUERY_TILES = 4  # share a PSUM bank for their part of a key chunk's gradients: a fourth of the additions
 
 
 def _zero_outside(tile_sbuf, k0, low, high):
@@ -86,6 +87,160 @@ def _add_product(held, left, right, guarded):
     else:
         nisa.nc_matmul(dst=bank, stationary=left, moving=right)
         nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
+
+
+def _query_tile(query, grad_out, out, lse, grad_lse, slopes, b, h, q0, q1, sk, keys_across, options):
+    """What the passes of one query tile over the keys share."""
+    p, dv = q1 - q0, grad_out.shape[3]
+    do_rows = load(grad_out[b, h, q0:q1], grad_out.dtype)
+    o_rows = load(out[b, h, q0:q1], out.dtype)
+    own_lse = load(lse[b, h, q0:q1], nl.float32)
+    product = nl.ndarray((p, dv), nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=product, data1=do_rows, data2=o_rows, op=nl.multiply)
+    dot = column(p)
+    nisa.tensor_reduce(dst=dot, op=nl.add, data=product, axis=1)
+    if options["has_grad_lse"]:
+        upstream = load(grad_lse[b, h, q0:q1], nl.float32)
+        nisa.tensor_tensor(dst=dot, data1=dot, data2=upstream, op=nl.subtract)
+    minus_lse = column(p)
+    nisa.tensor_scalar(
+        dst=minus_lse, data=own_lse, op0=nl.maximum, operand0=FLOOR, op1=nl.multiply, operand1=-1.0
+    )
+    position, low, high = query_bounds(q0, p, query.shape[2], sk, keys_across, options)
+    slope = position
+    if options["has_alibi"]:
+        slope = head_column(slopes, b, h, p, options)
+    return {
+        "q0": q0,
+        "q1": q1,
+        "q_turned": _contractions(query[b, h], q0, q1),
+        "o_turned": _contractions(grad_out[b, h], q0, q1),
+        "q_rows": load(query[b, h, q0:q1], query.dtype),
+        "do_rows": do_rows,
+        "dot": dot,
+        "minus_lse": minus_lse,
+        "position": position,
+        "low": low,
+        "high": high,
+        "slope": slope,
+        "grad_q": constant(p, query.shape[3], 0.0, nl.float32),
+    }
+
+
+def _add_sink_gradient(sink_sums, tile, sinks, b, h, options):
+    """sink_sums[:, h] -= exp(sink - lse) * D of these rows."""
+    p = tile["q1"] - tile["q0"]
+    sink = head_column(sinks, b, h, p, options)
+    weight = column(p)
+    nisa.activation(dst=weight, op=nl.exp, data=sink, bias=tile["minus_lse"])
+    nisa.tensor_tensor(dst=weight, data1=weight, data2=tile["dot"], op=nl.multiply)
+    held = sink_sums[0:p, h : h + 1]
+    nisa.tensor_tensor(dst=held, data1=held, data2=weight, op=nl.subtract)
+
+
+def _hide(tile_sbuf, tile, k0, kind, mask_sbuf, options):
+    """0 where a pair is hidden."""
+    if kind == 2:
+        _zero_outside(tile_sbuf, k0, tile["low"], tile["high"])
+    if options["has_mask"]:
+        nisa.tensor_copy_predicated(dst=tile_sbuf, src=0.0, predicate=hidden_by_mask(mask_sbuf))
+
+
+def _block(
+    tile, k_turned, v_turned, s0, k0, k1, kind, mask, grad_mask_hbm, b, h, heads, dropout_keys, mask_dtype, options
+):
+    """(P with dropout's factor, dS, tile, whether some pairs are hidden): [queries, keys] in the operands' dtype."""
+    q0, q1 = tile["q0"], tile["q1"]
+    p, width = q1 - q0, k1 - k0
+    dtype = tile["q_rows"].dtype
+    score = products(tile["q_turned"], k_turned, k0 - s0, k1 - s0)
+    raw = score
+    mask_sbuf = score
+    if options["has_mask"]:
+        mask_sbuf = load_mask(mask, b, h, q0, q1, k0, k1)
+    factor = options["scale"]
+    if options["natural"]:
+        score = natural_scores(raw, k0, tile["position"], tile["slope"], mask_sbuf, options)
+        factor = 1.0
+    power = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=power, op=nl.exp, data=score, scale=factor, bias=tile["minus_lse"])
+    _hide(power, tile, k0, kind, mask_sbuf, options)
+    grad_p = products(tile["o_turned"], v_turned, k0 - s0, k1 - s0)
+    low_power = nl.ndarray((p, width), dtype, buffer=nl.sbuf)
+    if options["has_dropout"]:
+        keep = _keep(k0, k1, q0, q1, b, h, heads, dropout_keys, options)
+        grown = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+        nisa.tensor_scalar(dst=grown, data=grad_p, op0=nl.multiply, operand0=options["keep_scale"])
+        grad_p = constant(p, width, 0.0, nl.float32)
+        nisa.tensor_copy_predicated(dst=grad_p, src=grown, predicate=keep)
+        nisa.scalar_tensor_tensor(
+            dst=low_power,
+            data=power,
+            op0=nl.multiply,
+            operand0=options["keep_scale"],
+            op1=nl.multiply,
+            operand1=keep,
+        )
+    else:
+        nisa.activation(dst=low_power, op=nl.copy, data=power)
+    hides = kind == 2 or options["has_mask"]
+    direct = not hides and not options["need_mask"] and options["softcap"] == 0.0
+    grad_s = nl.ndarray((p, width), dtype if direct else nl.float32, buffer=nl.sbuf)
+    nisa.scalar_tensor_tensor(
+        dst=grad_s, data=grad_p, op0=nl.subtract, operand0=tile["dot"], op1=nl.multiply, operand1=power
+    )
+    low_grad = grad_s
+    if not direct:
+        _hide(grad_s, tile, k0, kind, mask_sbuf, options)
+        if options["need_mask"]:
+            rounded = nl.ndarray((p, width), DTYPES[mask_dtype], buffer=nl.sbuf)
+            nisa.tensor_copy(dst=rounded, src=grad_s)
+            nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=rounded)
+        if options["softcap"] > 0.0:
+            bent = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
+            nisa.activation(dst=bent, op=nl.tanh, data=raw, scale=options["scale"] / options["softcap"])
+            nisa.tensor_tensor(dst=bent, data1=bent, data2=bent, op=nl.multiply)
+            nisa.tensor_scalar(dst=bent, data=bent, op0=nl.subtract, operand0=1.0, reverse0=True)
+            nisa.tensor_tensor(dst=grad_s, data1=grad_s, data2=bent, op=nl.multiply)
+            _hide(grad_s, tile, k0, kind, mask_sbuf, options)
+        low_grad = nl.ndarray((p, width), dtype, buffer=nl.sbuf)
+        nisa.activation(dst=low_grad, op=nl.copy, data=grad_s)
+    return low_power, low_grad, tile, options["has_mask"] or (kind == 2 and options["per_query_bounds"])
+
+
+def _add_chunk(parts, start, stop, grad_v, grad_k):
+    """Add what the parts give a chunk of keys, columns start to stop of their block; those without a guard at once."""
+    whole = []
+    for part in parts:
+        if part[3]:
+            _add_product(grad_v, part[0][:, start:stop], part[2]["do_rows"], True)
+            _add_product(grad_k, part[1][:, start:stop], part[2]["q_rows"], True)
+        else:
+            whole.append(part)
+    if len(whole) == 0:
+        return
+    v_psum = nl.ndarray(grad_v.shape, nl.float32, buffer=nl.psum)
+    k_psum = nl.ndarray(grad_k.shape, nl.float32, buffer=nl.psum)
+    for part in whole:
+        nisa.nc_matmul(dst=v_psum, stationary=part[0][:, start:stop], moving=part[2]["do_rows"])
+        nisa.nc_matmul(dst=k_psum, stationary=part[1][:, start:stop], moving=part[2]["q_rows"])
+    nisa.tensor_tensor(dst=grad_v, data1=grad_v, data2=v_psum, op=nl.add)
+    nisa.tensor_tensor(dst=grad_k, data1=grad_k, data2=k_psum, op=nl.add)
+
+
+def _add_query_gradient(part, k_rows, start, stop):
+    """grad_q += dS k over one block; start and stop in the section."""
+    low_grad, tile, guarded = part[1], part[2], part[3]
+    grad_q = tile["grad_q"]
+    q_psum = nl.ndarray(grad_q.shape, nl.float32, buffer=nl.psum)
+    for c in range(start, stop, 128):
+        turned = turn(low_grad[:, c - start : min(stop, c + 128) - start], c // 128, True)
+        if guarded:
+            _add_product(grad_q, turned, k_rows[c // 128], True)
+        else:
+            nisa.nc_matmul(dst=q_psum, stationary=turned, moving=k_rows[c // 128])
+    if not guarded:
+        nisa.tensor_tensor(dst=grad_q, data1=grad_q, data2=q_psum, op=nl.add)
 
 
 def _store_scaled(dst_hbm, held, scale):
@@ -170,132 +325,45 @@ def attention_backward_kernel(
                 grad_k.append(constant(stop - c, d, 0.0, nl.float32))
                 grad_v.append(constant(stop - c, dv, 0.0, nl.float32))
             for h in range(kv * group, kv * group + group):
-                for q0 in range(0, sq, 128):
-                    q1 = min(sq, q0 + 128)
-                    p = q1 - q0
-                    q_turned = _contractions(query[b, h], q0, q1)
-                    o_turned = _contractions(grad_out[b, h], q0, q1)
-                    q_rows = load(query[b, h, q0:q1], query.dtype)
-                    do_rows = load(grad_out[b, h, q0:q1], grad_out.dtype)
-                    o_rows = load(out[b, h, q0:q1], out.dtype)
-                    own_lse = load(lse[b, h, q0:q1], nl.float32)
-                    product = nl.ndarray((p, dv), nl.float32, buffer=nl.sbuf)
-                    nisa.tensor_tensor(dst=product, data1=do_rows, data2=o_rows, op=nl.multiply)
-                    dot = column(p)
-                    nisa.tensor_reduce(dst=dot, op=nl.add, data=product, axis=1)
-                    if options["has_grad_lse"]:
-                        upstream = load(grad_lse[b, h, q0:q1], nl.float32)
-                        nisa.tensor_tensor(dst=dot, data1=dot, data2=upstream, op=nl.subtract)
-                    minus_lse = column(p)
-                    nisa.tensor_scalar(
-                        dst=minus_lse, data=own_lse, op0=nl.maximum, operand0=FLOOR, op1=nl.multiply, operand1=-1.0
-                    )
-                    position, low, high = query_bounds(q0, p, sq, sk, keys_across, options)
-                    slope = position
-                    if options["has_alibi"]:
-                        slope = head_column(slopes, b, h, p, options)
-                    if options["need_sinks"] and s0 == 0:
-                        sink = head_column(sinks, b, h, p, options)
-                        weight = column(p)
-                        nisa.activation(dst=weight, op=nl.exp, data=sink, bias=minus_lse)
-                        nisa.tensor_tensor(dst=weight, data1=weight, data2=dot, op=nl.multiply)
-                        held = sink_sums[0:p, h : h + 1]
-                        nisa.tensor_tensor(dst=held, data1=held, data2=weight, op=nl.subtract)
-                    grad_q = constant(p, d, 0.0, nl.float32)
-                    turned_count = 0
+                for q_first in range(0, sq, 128 * QUERY_TILES):
+                    tiles = []
+                    for q0 in range(q_first, min(sq, q_first + 128 * QUERY_TILES), 128):
+                        tile = _query_tile(
+                            query, grad_out, out, lse, grad_lse, slopes, b, h, q0, min(sq, q0 + 128), sk, keys_across,
+                            options,
+                        )  # fmt: skip
+                        if options["need_sinks"] and s0 == 0:
+                            _add_sink_gradient(sink_sums, tile, sinks, b, h, options)
+                        tiles.append(tile)
                     for k0 in range(s0, s1, 512):
                         k1 = min(s1, k0 + 512)
-                        width = k1 - k0
-                        kind = block_kind(k0, k1, q0, q1, sq, sk, options)
-                        if kind == 0:
-                            if options["need_mask"]:
-                                zeros = constant(p, width, 0.0, DTYPES[mask_dtype])
-                                nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=zeros)
-                            continue
-                        score = products(q_turned, k_turned, k0 - s0, k1 - s0)
-                        raw = score
-                        mask_sbuf = score
-                        if options["has_mask"]:
-                            mask_sbuf = load_mask(mask, b, h, q0, q1, k0, k1)
-                        factor = options["scale"]
-                        if options["natural"]:
-                            score = natural_scores(raw, k0, position, slope, mask_sbuf, options)
-                            factor = 1.0
-                        power = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
-                        nisa.activation(dst=power, op=nl.exp, data=score, scale=factor, bias=minus_lse)
-                        grad_p = products(o_turned, v_turned, k0 - s0, k1 - s0)
-                        grad_s = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
-                        if kind == 2:
-                            _zero_outside(power, k0, low, high)
-                        if options["has_mask"]:
-                            nisa.tensor_copy_predicated(dst=power, src=0.0, predicate=hidden_by_mask(mask_sbuf))
-                        keep = power
-                        if options["has_dropout"]:
-                            keep = _keep(k0, k1, q0, q1, b, h, heads, dropout_keys, options)
-                            grown = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
-                            nisa.tensor_scalar(dst=grown, data=grad_p, op0=nl.multiply, operand0=options["keep_scale"])
-                            grad_p = constant(p, width, 0.0, nl.float32)
-                            nisa.tensor_copy_predicated(dst=grad_p, src=grown, predicate=keep)
-                        nisa.scalar_tensor_tensor(
-                            dst=grad_s,
-                            data=grad_p,
-                            op0=nl.subtract,
-                            operand0=dot,
-                            op1=nl.multiply,
-                            operand1=power,
-                        )
-                        if kind == 2:
-                            _zero_outside(grad_s, k0, low, high)
-                        if options["has_mask"]:
-                            nisa.tensor_copy_predicated(dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf))
-                        if options["need_mask"]:
-                            rounded = nl.ndarray((p, width), DTYPES[mask_dtype], buffer=nl.sbuf)
-                            nisa.tensor_copy(dst=rounded, src=grad_s)
-                            nisa.dma_copy(dst=grad_mask_hbm[b, h, q0:q1, k0:k1], src=rounded)
-                        if options["softcap"] > 0.0:
-                            bent = nl.ndarray((p, width), nl.float32, buffer=nl.sbuf)
-                            nisa.activation(
-                                dst=bent, op=nl.tanh, data=raw, scale=options["scale"] / options["softcap"]
-                            )
-                            nisa.tensor_tensor(dst=bent, data1=bent, data2=bent, op=nl.multiply)
-                            nisa.tensor_scalar(dst=bent, data=bent, op0=nl.subtract, operand0=1.0, reverse0=True)
-                            nisa.tensor_tensor(dst=grad_s, data1=grad_s, data2=bent, op=nl.multiply)
-                            if kind == 2:
-                                _zero_outside(grad_s, k0, low, high)
-                            if options["has_mask"]:
-                                nisa.tensor_copy_predicated(
-                                    dst=grad_s, src=0.0, predicate=hidden_by_mask(mask_sbuf)
-                                )
-                        low_power = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
-                        if options["has_dropout"]:
-                            nisa.scalar_tensor_tensor(
-                                dst=low_power,
-                                data=power,
-                                op0=nl.multiply,
-                                operand0=options["keep_scale"],
-                                op1=nl.multiply,
-                                operand1=keep,
-                            )
-                        else:
-                            nisa.tensor_copy(dst=low_power, src=power)
-                        low_grad = nl.ndarray((p, width), query.dtype, buffer=nl.sbuf)
-                        nisa.activation(dst=low_grad, op=nl.copy, data=grad_s)
-                        guarded = options["has_mask"] or (kind == 2 and options["per_query_bounds"])
+                        parts = []
+                        for tile in tiles:
+                            kind = block_kind(k0, k1, tile["q0"], tile["q1"], sq, sk, options)
+                            if kind > 0:
+                                parts.append(
+                                    _block(
+                                        tile, k_turned, v_turned, s0, k0, k1, kind, mask, grad_mask_hbm, b, h, heads,
+                                        dropout_keys, mask_dtype, options,
+                                    )
+                                )  # fmt: skip
+                            elif options["need_mask"]:
+                                zeros = constant(tile["q1"] - tile["q0"], k1 - k0, 0.0, DTYPES[mask_dtype])
+                                nisa.dma_copy(dst=grad_mask_hbm[b, h, tile["q0"] : tile["q1"], k0:k1], src=zeros)
                         for c in range(k0, k1, 128):
                             chunk = (c - s0) // 128
-                            stop = min(k1, c + 128)
-                            _add_product(grad_v[chunk], low_power[:, c - k0 : stop - k0], do_rows, guarded)
-                            _add_product(grad_k[chunk], low_grad[:, c - k0 : stop - k0], q_rows, guarded)
-                            turned = turn(low_grad[:, c - k0 : stop - k0], turned_count, True)
-                            turned_count += 1
-                            _add_product(grad_q, turned, k_rows[chunk], guarded)
-                    if s0 > key_first:
-                        earlier = load(partial_hbm[mine, h, q0:q1], nl.float32)
-                        nisa.tensor_tensor(dst=grad_q, data1=grad_q, data2=earlier, op=nl.add)
-                    if split or s1 < key_last:
-                        nisa.dma_copy(dst=partial_hbm[mine, h, q0:q1], src=grad_q)
-                    else:
-                        _store_scaled(grad_q_hbm[b, h, q0:q1], grad_q, options["scale"])
+                            _add_chunk(parts, c - k0, min(k1, c + 128) - k0, grad_v[chunk], grad_k[chunk])
+                        for part in parts:
+                            _add_query_gradient(part, k_rows, k0 - s0, k1 - s0)
+                    for tile in tiles:
+                        grad_q, q0, q1 = tile["grad_q"], tile["q0"], tile["q1"]
+                        if s0 > key_first:
+                            earlier = load(partial_hbm[mine, h, q0:q1], nl.float32)
+                            nisa.tensor_tensor(dst=grad_q, data1=grad_q, data2=earlier, op=nl.add)
+                        if split or s1 < key_last:
+                            nisa.dma_copy(dst=partial_hbm[mine, h, q0:q1], src=grad_q)
+                        else:
+                            _store_scaled(grad_q_hbm[b, h, q0:q1], grad_q, options["scale"])
             for c in range(s0, s1, 128):
                 stop = min(s1, c + 128)
                 _store_scaled(grad_k_hbm[b, kv, c:stop], grad_k[(c - s0) // 128], options["scale"])
