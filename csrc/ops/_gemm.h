@@ -30,6 +30,25 @@ struct GemmList {
   ~GemmList() = default;
 };
 
+// One thread's way through the list of all problems' parts, in order and only forward.
+struct Cursor {
+  int64_t problem = 0;
+  int64_t first = 0;   // the problem's first part in the list
+  int64_t packed = 0;  // where its packed operand starts
+};
+
+// Forward to `part`. parts(i), packed(i): how many parts problem i has, and how long its packed operand is.
+template <class Parts, class Packed>
+inline void advance(Cursor* cursor, int64_t part, const Parts& parts, const Packed& packed) {
+  for (;;) {
+    const int64_t count = parts(cursor->problem);
+    if (part < cursor->first + count) return;
+    cursor->first += count;
+    cursor->packed += packed(cursor->problem);
+    ++cursor->problem;
+  }
+}
+
 // a and b are float tensors of these dtypes; if they differ, the wider's arithmetic is used (at least float32).
 void run_gemms(DType a, DType b, const GemmList& list);
 

@@ -13,6 +13,7 @@
 #include "base/parallel.h"
 #include "base/scratch.h"
 #include "ops/_gemm.h"
+#include "ops/_gemm_amx.h"
 #include "ops/_gemm_few_rows.h"
 #include "ops/_gemm_pack.h"
 #include "ops/_gemm_tile.h"
@@ -28,25 +29,6 @@ struct Blocking {
   int64_t columns;  // of a task, a multiple of the panel's width
   int64_t panels;   // row panels of a task, at most
 };
-
-// One thread's way through the list of all problems' parts, in order and only forward. `parts` counts them for one
-// problem.
-struct Cursor {
-  int64_t problem = 0;
-  int64_t first = 0;     // the problem's first part in the list
-  int64_t packed = 0;    // where its packed a starts
-};
-
-template <class Kind, class Parts>
-inline void advance(Cursor* cursor, const GemmList& source, int64_t part, const Parts& parts) {
-  for (;;) {
-    const int64_t count = parts(cursor->problem);
-    if (part < cursor->first + count) return;
-    cursor->first += count;
-    cursor->packed += source.m(cursor->problem) * Kind::steps(source.k(cursor->problem));
-    ++cursor->problem;
-  }
-}
 
 // Row panel `panel` of a, chunk [k0, k0 + kc).
 template <class Kind, class Src>
@@ -142,11 +124,12 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   constexpr int64_t kSerialPacking = 1 << 16;           // packed steps of a; likewise
   constexpr int64_t kSharedBytes = int64_t{1} << 29;    // above it each task packs its own rows of a
   const int64_t count = source.count(), n = source.first.n;
+  const auto packed_of = [&](int64_t i) { return source.m(i) * Kind::steps(source.k(i)); };
   int64_t work = 0, packed = 0, panels = 0, most_panels = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t m = source.m(i), k = source.k(i);
     work += m * n * most(k, 1);
-    packed += m * Kind::steps(k);
+    packed += packed_of(i);
     panels += panel_count(m);
     most_panels = most(most_panels, panel_count(m));
   }
@@ -174,7 +157,7 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
       int64_t current = -1;
       Gemm g = source.first;
       for (int64_t part = begin; part < end; ++part) {
-        advance<Kind>(&cursor, source, part, [&](int64_t i) { return panel_count(source.m(i)); });
+        advance(&cursor, part, [&](int64_t i) { return panel_count(source.m(i)); }, packed_of);
         if (cursor.problem != current) source.place(current = cursor.problem, &g);
         const int64_t panel = part - cursor.first, row = panel_row(g.m, panel);
         for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
@@ -196,7 +179,7 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
     for (;;) {
       const int64_t part = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (part >= total) return;
-      advance<Kind>(&cursor, source, part, [&](int64_t i) { return row_blocks(i) * column_blocks; });
+      advance(&cursor, part, [&](int64_t i) { return row_blocks(i) * column_blocks; }, packed_of);
       if (cursor.problem != current) source.place(current = cursor.problem, &g);
       const int64_t local = part - cursor.first, rows = row_blocks(cursor.problem);
       const int64_t p = panel_count(g.m), block_row = local % rows, column = local / rows;
@@ -225,7 +208,9 @@ inline void run_kind(const GemmList& list) {
 }
 
 void run_gemms(DType a, DType b, const GemmList& list) {
-#if ISOTILE_HAS_BF16_DOT
+#if ISOTILE_HAS_TILES
+  if (a == DType::kBFloat16 && b == DType::kBFloat16) return run_tiled<Bf16Tiles>(list);
+#elif ISOTILE_HAS_BF16_DOT
   if (a == DType::kBFloat16 && b == DType::kBFloat16) return run_kind<PairKind, BFloat16, BFloat16>(list);
 #endif
   dispatch_float(a, [&](auto type_a) {
