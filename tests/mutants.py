@@ -254,6 +254,49 @@ KERNELS = [
     ),
 ]
 
+TILES = [
+    Mutant(
+        "sums_start_over",
+        "csrc/ops/_gemm_amx.h",
+        "              const bool add = !first || from > 0;",
+        "              const bool add = from > 0;",
+        "one chunk of k is all of it, unless both sides are large",
+        ("tests/csrc/test_matmul_kernel.py", "-k", "test_many_chunks"),
+        ("matmul",),
+        isa="amx",
+    ),
+    Mutant(
+        "rows_of_the_last_panel",
+        "csrc/ops/_gemm_amx.h",
+        "      scope.use(rows_of_last < kPanelSide ? tail_config : kWhole);",
+        "      scope.use(kWhole);",
+        "whole tiles read and write beyond the last rows",
+        ("tests/csrc/test_matmul_kernel.py", "-k", "test_layouts and amx"),
+        ("matmul",),
+        isa="amx",
+    ),
+    Mutant(
+        "parts_in_the_order_of_the_sides",
+        "csrc/ops/_gemm_amx.h",
+        "      then(!kSwapped, 1);\n      then(kSwapped, 1);\n      then(!kSwapped, 0);",
+        "      then(true, 1);\n      then(false, 1);\n      then(true, 0);",
+        "as exact, but the bits depend on which operand is packed",
+        ("tests/csrc/test_matmul_kernel.py", "-k", "do_not_depend_on_the_batch and amx and float16"),
+        ("matmul",),
+        isa="amx",
+    ),
+    Mutant(
+        "infinity_has_no_rest",
+        "csrc/ops/_gemm_run.h",
+        "    if (run_tiled<F16Tiles>(list)) redo_not_finite(list);",
+        "    run_tiled<F16Tiles>(list);",
+        "infinity minus infinity",
+        ("tests/csrc/test_matmul_kernel.py", "-k", "nan_and_infinity and amx"),
+        ("matmul",),
+        isa="amx",
+    ),
+]
+
 VECTORS = [
     Mutant(
         "ties_rounded_up",
@@ -549,7 +592,7 @@ NKI = [
 
 #: The instruction sets besides scalar.
 SETS = ("avx2", "avx512", "avx512_bf16", "amx", "neon")
-MUTANTS = {m.name: m for m in (*KERNELS, *VECTORS, *PYTHON, *TRITON, *NKI)}
+MUTANTS = {m.name: m for m in (*KERNELS, *TILES, *VECTORS, *PYTHON, *TRITON, *NKI)}
 
 
 class Workshop:

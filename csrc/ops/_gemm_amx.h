@@ -36,12 +36,76 @@ struct Bf16Tiles {
   struct Words {
     __m512i part[kParts];
   };
-  static ISOTILE_INLINE Words load(const Src* p, __mmask32 mask) { return {{_mm512_maskz_loadu_epi16(mask, p)}}; }
+  // The elements of a block's 32 that are word r.
+  static constexpr int64_t low(int64_t r) { return 2 * r; }
+  static constexpr int64_t high(int64_t r) { return 2 * r + 1; }
+  // Columns 0 - 15 and 16 - 31 of two steps of k.
+  static ISOTILE_INLINE void interleave(__m512i first, __m512i second, __m512i* out) {
+    using I = Vec<int32_t>;  // element j of the first operand, element j of the second: as words
+    const I both = I::iota(0) * I::set1(0x10001) + I::set1(0x200000);
+    out[0] = _mm512_permutex2var_epi16(first, both.v, second);
+    out[1] = _mm512_permutex2var_epi16(first, (both + I::set1(0x100010)).v, second);
+  }
+  struct Loader {
+    ISOTILE_INLINE Words load(const Src* p, __mmask32 mask) { return {{_mm512_maskz_loadu_epi16(mask, p)}}; }
+    ISOTILE_INLINE Words load(const Src* p) { return {{_mm512_loadu_si512(p)}}; }
+    ISOTILE_INLINE bool all_finite() const { return true; }
+  };
 };
 
-template <int i>
-struct Constant {
-  static constexpr int value = i;
+// float16's 11 significant bits are bfloat16's 8 and a rest of 3; the range fits too, down to the subnormals. So the
+// four products of the parts are the exact product. Only infinity and NaN have no rest: run_tiled() tells. Words pair
+// elements 16 apart, which saves the shuffles.
+struct F16Tiles {
+  using Src = Float16;
+  static constexpr int kParts = 2;
+  struct Words {
+    __m512i part[kParts];
+  };
+  static constexpr int64_t low(int64_t r) { return r; }
+  static constexpr int64_t high(int64_t r) { return r + 16; }
+  static ISOTILE_INLINE void interleave(__m512i first, __m512i second, __m512i* out) {
+    out[0] = lower_halves(first, second);
+    out[1] = upper_halves(first, second);
+  }
+  struct Loader {
+    __m512i largest = _mm512_setzero_si512();  // magnitudes' bits, shifted left by one
+
+    ISOTILE_INLINE Words load(const Src* p, __mmask32 mask) {
+      const __m512i halves = _mm512_maskz_loadu_epi16(mask, p);
+      return split(halves, _mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
+    }
+    ISOTILE_INLINE Words load(const Src* p) {
+      const auto* half = reinterpret_cast<const __m256i*>(p);
+      return split(_mm512_loadu_si512(p), _mm256_loadu_si256(half), _mm256_loadu_si256(half + 1));
+    }
+    ISOTILE_INLINE bool all_finite() const {
+      return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(static_cast<short>(0xf800))) == 0;
+    }
+
+   private:
+    ISOTILE_INLINE Words split(__m512i halves, __m256i half0, __m256i half1) {
+      largest = _mm512_max_epu16(largest, _mm512_add_epi16(halves, halves));
+      const __m512i x0 = _mm512_castps_si512(_mm512_cvtph_ps(half0)), x1 = _mm512_castps_si512(_mm512_cvtph_ps(half1));
+      return {{upper_halves(x0, x1), upper_halves(rest(x0), rest(x1))}};
+    }
+    // Without the bits that upper_halves() takes.
+    static ISOTILE_INLINE __m512i rest(__m512i x) {
+      const __m512 first = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(kUpper)));
+      return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(x), first));
+    }
+  };
+
+ private:
+  static constexpr int kUpper = static_cast<int>(0xffff0000);
+  // Words of the upper halves of x0 (low) and x1 (high).
+  static ISOTILE_INLINE __m512i upper_halves(__m512i x0, __m512i x1) {
+    // 0xd8: the last operand chooses between the second (1) and the first (0), bit by bit
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(x0, 16), x1, _mm512_set1_epi32(kUpper), 0xd8);
+  }
+  static ISOTILE_INLINE __m512i lower_halves(__m512i x0, __m512i x1) {
+    return _mm512_ternarylogic_epi32(x0, _mm512_slli_epi32(x1, 16), _mm512_set1_epi32(kUpper), 0xd8);
+  }
 };
 
 // One side of a product: row i (of a, or column i of b) starts at data + rows.at(i).
@@ -49,7 +113,7 @@ template <class Kind>
 struct Side {
   const typename Kind::Src* data;
   const IndexMap* rows;
-  int64_t k;  // stride of k
+  int64_t k, depth;  // stride of k, how many there are
 
   bool direct() const { return Kind::kParts == 1 && k == 1 && rows->even(); }
 };
@@ -58,49 +122,52 @@ ISOTILE_INLINE __mmask32 first_of_32(int64_t n) {
   return n >= 32 ? ~__mmask32{0} : n <= 0 ? 0 : (__mmask32{1} << n) - 1;
 }
 
-ISOTILE_INLINE void store_tile(__m512 (&words)[16], bool transposed, char* out) {
-  if (transposed) transpose_16x16(words);
+ISOTILE_INLINE void store_turned(__m512 (&words)[16], char* out) {
+  transpose_16x16(words);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm512_store_ps(out + 64 * i, words[i]);
 }
 
 // Rows [first, first + count) of a side, k in [k0, k0 + kc), as panels of 32 rows [k block][tile][part], `panel_bytes`
-// from one to the next; the last has one tile if that is enough. left: tiles of rows; else pairs of k.
+// from one to the next; the last has one tile if that is enough. left: tiles of rows; else pairs of k. Returns whether
+// the kind cannot do the products of an element.
 template <class Kind>
-inline void pack_side(const Side<Kind>& side, int64_t first, int64_t count, int64_t k0, int64_t kc, bool left,
+inline bool pack_side(const Side<Kind>& side, int64_t first, int64_t count, int64_t k0, int64_t kc, bool left,
                       char* out, int64_t panel_bytes) {
   using Src = typename Kind::Src;
   constexpr int kParts = Kind::kParts;
+  typename Kind::Loader loader;
   const int64_t blocks = ceil_div(kc, kTileK), panels = ceil_div(count, kPanelSide);
   const auto tiles_of = [&](int64_t panel) { return count - panel * kPanelSide > kTileSide ? 2 : 1; };
   if (side.k != 1 && side.rows->even() && side.rows->step() == 1) {  // rows next to each other: pairs of whole lines
-    using I = Vec<int32_t>;  // element j of the first operand, element j of the second: as words
-    const I both = I::iota(0) * I::set1(0x10001) + I::set1(0x200000);
-    const __m512i low = both.v, high = (both + I::set1(0x100010)).v;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t k_left = kc - block * kTileK;
       const Src* from = side.data + first + (k0 + block * kTileK) * side.k;
+      const bool ahead = k0 + (block + 2) * kTileK <= side.depth;
       for (int64_t panel = 0; panel < panels; ++panel) {
         const __mmask32 mask = first_of_32(count - panel * kPanelSide);
         const int tiles = tiles_of(panel);
         alignas(64) char pairs[2][kParts][kTileBytes];
         char* to = out + panel * panel_bytes + block * tiles * kParts * kTileBytes;
         for (int64_t r = 0; r < 16; ++r) {
-          const Src* p = from + panel * kPanelSide + 2 * r * side.k;
-          if (k_left > 2 * kTileK) __builtin_prefetch(p + kTileK * side.k, 0, 2);
-          if (k_left > 2 * kTileK) __builtin_prefetch(p + (kTileK + 1) * side.k, 0, 2);
-          const auto even = Kind::load(p, 2 * r < k_left ? mask : 0);
-          const auto odd = Kind::load(p + side.k, 2 * r + 1 < k_left ? mask : 0);
+          const Src* p = from + panel * kPanelSide + Kind::low(r) * side.k;
+          const Src* q = from + panel * kPanelSide + Kind::high(r) * side.k;
+          if (ahead) {
+            __builtin_prefetch(p + kTileK * side.k, 0, 2);
+            __builtin_prefetch(q + kTileK * side.k, 0, 2);
+          }
+          const auto first_k = loader.load(p, Kind::low(r) < k_left ? mask : 0);
+          const auto second_k = loader.load(q, Kind::high(r) < k_left ? mask : 0);
 #pragma GCC unroll 2
           for (int part = 0; part < kParts; ++part) {
-            const __m512i words0 = _mm512_permutex2var_epi16(even.part[part], low, odd.part[part]);
-            const __m512i words1 = _mm512_permutex2var_epi16(even.part[part], high, odd.part[part]);
+            __m512i words[2];
+            Kind::interleave(first_k.part[part], second_k.part[part], words);
             if (left) {
-              _mm512_store_si512(pairs[0][part] + 64 * r, words0);
-              _mm512_store_si512(pairs[1][part] + 64 * r, words1);
+              _mm512_store_si512(pairs[0][part] + 64 * r, words[0]);
+              _mm512_store_si512(pairs[1][part] + 64 * r, words[1]);
             } else {
-              _mm512_store_si512(to + part * kTileBytes + 64 * r, words0);
-              if (tiles == 2) _mm512_store_si512(to + (kParts + part) * kTileBytes + 64 * r, words1);
+              _mm512_store_si512(to + part * kTileBytes + 64 * r, words[0]);
+              if (tiles == 2) _mm512_store_si512(to + (kParts + part) * kTileBytes + 64 * r, words[1]);
             }
           }
         }
@@ -110,11 +177,11 @@ inline void pack_side(const Side<Kind>& side, int64_t first, int64_t count, int6
             __m512 words[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) words[i] = _mm512_load_ps(pairs[tile][part] + 64 * i);
-            store_tile(words, true, to + (tile * kParts + part) * kTileBytes);
+            store_turned(words, to + (tile * kParts + part) * kTileBytes);
           }
       }
     }
-    return;
+    return !loader.all_finite();
   }
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int tiles = tiles_of(panel);
@@ -127,24 +194,36 @@ inline void pack_side(const Side<Kind>& side, int64_t first, int64_t count, int6
       for (int64_t block = 0; block < blocks; ++block, to += tiles * kParts * kTileBytes) {
         const int64_t k_left = kc - block * kTileK;
         const __mmask32 mask = first_of_32(k_left);
+        const Src* at[16];
+        Src lines[16][kTileK];
+        for (int64_t i = 0; i < 16; ++i) at[i] = rows[i] + block * kTileK * side.k;
+        if (side.k != 1) {
+          for (int64_t i = 0; i < some; ++i) {
+            for (int64_t k = 0; k < least(kTileK, k_left); ++k) lines[i][k] = at[i][k * side.k];
+            at[i] = lines[i];
+          }
+        }
+        if (left) {
+          for (int64_t i = 0; i < 16; ++i) {
+            const auto loaded = loader.load(at[i], i < some ? mask : 0);
+            for (int part = 0; part < kParts; ++part)
+              _mm512_store_si512(to + part * kTileBytes + 64 * i, loaded.part[part]);
+          }
+          continue;
+        }
         __m512 words[kParts][16];
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i) {
-          const Src* p = rows[i] + block * kTileK * side.k;
-          Src line[kTileK];
-          if (side.k != 1) {
-            for (int64_t k = 0; k < kTileK; ++k) line[k] = k < k_left ? p[k * side.k] : Src{};
-            p = line;
-          }
-          const auto loaded = Kind::load(p, i < some ? mask : 0);
+          const auto loaded = loader.load(at[i], i < some ? mask : 0);
 #pragma GCC unroll 2
           for (int part = 0; part < kParts; ++part) words[part][i] = _mm512_castsi512_ps(loaded.part[part]);
         }
 #pragma GCC unroll 2
-        for (int part = 0; part < kParts; ++part) store_tile(words[part], !left, to + part * kTileBytes);
+        for (int part = 0; part < kParts; ++part) store_turned(words[part], to + part * kTileBytes);
       }
     }
   }
+  return !loader.all_finite();
 }
 
 // Left rows where the kernel finds them: whole blocks of k, then at most one packed block.
@@ -152,72 +231,114 @@ struct LeftRows {
   const char* data;
   int64_t row_bytes, tile_bytes, block_bytes;  // from one row, tile, block of k to the next
   int64_t blocks;
-  const char* tail = nullptr;
+  const char* tail;
+};
+
+// What a kernel does between its products. Fetches what comes next:
+struct FetchAhead {
+  Prefetch prefetch;
+  ISOTILE_INLINE void first() {}
+  ISOTILE_INLINE const char* next(int64_t block, const LeftRows& left) {
+    prefetch.next();
+    return left.data + block * left.block_bytes;
+  }
+};
+// or packs its own left side, one block ahead: whole rows next to each other in k, and whole tiles. If nobody wants
+// them again, into the same few blocks, so that memory is still read by long stretches and L1 is enough for the rest.
+template <class Kind, int kLeft>
+struct PackAhead {
+  static constexpr int64_t kAgain = 4;
+  const typename Kind::Src* from;
+  int64_t stride, blocks;
+  char* to;
+  bool keep;
+  typename Kind::Loader loader;
+
+  ISOTILE_INLINE char* place(int64_t block) const {
+    return to + (keep ? block : block % kAgain) * kLeft * Kind::kParts * kTileBytes;
+  }
+  ISOTILE_INLINE void pack(int64_t block) {
+    char* out = place(block);
+    for (int tile = 0; tile < kLeft; ++tile)
+#pragma GCC unroll 16
+      for (int row = 0; row < 16; ++row) {
+        const auto words = loader.load(from + (16 * tile + row) * stride + block * kTileK);
+#pragma GCC unroll 2
+        for (int part = 0; part < Kind::kParts; ++part)
+          _mm512_store_si512(out + (tile * Kind::kParts + part) * kTileBytes + 64 * row, words.part[part]);
+      }
+  }
+  ISOTILE_INLINE void first() { pack(0); }
+  ISOTILE_INLINE const char* next(int64_t block, const LeftRows&) {
+    if (block + 1 < blocks) pack(block + 1);
+    return place(block);
+  }
 };
 
 // c [kLeft tiles][kRight tiles], row stride ldc, = or += the product. right: blocks of [kRight][part] tiles.
-// Accumulators: tile 2 l + r, or l if there are four; left tiles 4 and 5 (6), right tiles 6 and 7.
-template <class Kind, int kLeft, int kRight, bool kSwapped>
+// Accumulator 2 l + r, left tiles 4 and 5, right tiles 6 and 7. Two parts: high(a) high(b), high(a) low(b), low(a)
+// low(b), low(a) high(b), in this order whichever side a is on.
+template <class Kind, int kLeft, int kRight, bool kSwapped, class Between>
 inline void multiply_tiles(const LeftRows& left, const char* right, float* c, int64_t ldc, bool add,
-                           Prefetch* prefetch) {
+                           Between* between) {
   using namespace tiles;
-  static_assert(kLeft * kRight <= 4 && (kLeft <= 2 || kRight == 1), "four accumulators");
-  const auto each_accumulator = [&](const auto& f) __attribute__((always_inline)) {
-    f(Constant<0>{}, c);
-    if constexpr (kRight == 2) f(Constant<1>{}, c + 16);
-    if constexpr (kLeft == 2) f(Constant<2>{}, c + 16 * ldc);
-    if constexpr (kLeft == 2 && kRight == 2) f(Constant<3>{}, c + 16 * ldc + 16);
-    if constexpr (kLeft == 4) {
-      f(Constant<1>{}, c + 16 * ldc);
-      f(Constant<2>{}, c + 32 * ldc);
-      f(Constant<3>{}, c + 48 * ldc);
-    }
-  };
-  if (add) each_accumulator([&](auto t, float* p) __attribute__((always_inline)) { load<t.value>(p, 4 * ldc); });
-  else each_accumulator([&](auto t, float*) __attribute__((always_inline)) { zero<t.value>(); });
-
-  const auto block = [&](const char* l, int64_t row_bytes, int64_t tile_bytes, const char* r)
-                         __attribute__((always_inline)) {
-    if constexpr (kLeft == 4) {
-      load<7>(r, 64);
-      load<4>(l, row_bytes);
-      dot_bf16<0, 4, 7>();
-      load<5>(l + tile_bytes, row_bytes);
-      dot_bf16<1, 5, 7>();
-      load<6>(l + 2 * tile_bytes, row_bytes);
-      dot_bf16<2, 6, 7>();
-      load<4>(l + 3 * tile_bytes, row_bytes);
-      dot_bf16<3, 4, 7>();
-    } else {
-      load<6>(r, 64);
-      load<4>(l, row_bytes);
-      dot_bf16<0, 4, 6>();
-      if constexpr (kRight == 2) {
-        load<7>(r + kTileBytes, 64);
-        dot_bf16<1, 4, 7>();
-      }
-      if constexpr (kLeft == 2) {
-        load<5>(l + tile_bytes, row_bytes);
-        dot_bf16<2, 5, 6>();
-        if constexpr (kRight == 2) dot_bf16<3, 5, 7>();
-      }
-    }
-  };
-  const char* l = left.data;
-  for (int64_t i = 0; i < left.blocks; ++i, l += left.block_bytes, right += kRight * kTileBytes) {
-    prefetch->next();
-    block(l, left.row_bytes, left.tile_bytes, right);
+  constexpr int kParts = Kind::kParts;
+  between->first();
+  if (add) {
+    tiles::load<0>(c, 4 * ldc);
+    if constexpr (kRight == 2) tiles::load<1>(c + 16, 4 * ldc);
+    if constexpr (kLeft == 2) tiles::load<2>(c + 16 * ldc, 4 * ldc);
+    if constexpr (kLeft == 2 && kRight == 2) tiles::load<3>(c + 16 * ldc + 16, 4 * ldc);
+  } else {
+    zero<0>(), zero<1>(), zero<2>(), zero<3>();
   }
+  const auto block = [](const char* l, int64_t row_bytes, int64_t tile_bytes, const char* r)
+                         __attribute__((always_inline)) {
+    const auto load_left = [&](int part) __attribute__((always_inline)) {
+      tiles::load<4>(l + part * kTileBytes, row_bytes);
+      if constexpr (kLeft == 2) tiles::load<5>(l + part * kTileBytes + tile_bytes, row_bytes);
+    };
+    const auto load_right = [&](int part) __attribute__((always_inline)) {
+      tiles::load<6>(r + part * kTileBytes, 64);
+      if constexpr (kRight == 2) tiles::load<7>(r + (kParts + part) * kTileBytes, 64);
+    };
+    const auto multiply = [] {
+      dot_bf16<0, 4, 6>();
+      if constexpr (kRight == 2) dot_bf16<1, 4, 7>();
+      if constexpr (kLeft == 2) dot_bf16<2, 5, 6>();
+      if constexpr (kLeft == 2 && kRight == 2) dot_bf16<3, 5, 7>();
+    };
+    load_right(0);
+    load_left(0);
+    multiply();
+    if constexpr (kParts == 2) {
+      const auto then = [&](bool right_side, int part) __attribute__((always_inline)) {
+        if (right_side) load_right(part);
+        else load_left(part);
+        multiply();
+      };
+      then(!kSwapped, 1);
+      then(kSwapped, 1);
+      then(!kSwapped, 0);
+    }
+  };
+  for (int64_t i = 0; i < left.blocks; ++i, right += kRight * kParts * kTileBytes)
+    block(between->next(i, left), left.row_bytes, left.tile_bytes, right);
   if (left.tail != nullptr) block(left.tail, 64, kTileBytes, right);
-  each_accumulator([&](auto t, float* p) __attribute__((always_inline)) { store<t.value>(p, 4 * ldc); });
+  tiles::store<0>(c, 4 * ldc);
+  if constexpr (kRight == 2) tiles::store<1>(c + 16, 4 * ldc);
+  if constexpr (kLeft == 2) tiles::store<2>(c + 16 * ldc, 4 * ldc);
+  if constexpr (kLeft == 2 && kRight == 2) tiles::store<3>(c + 16 * ldc + 16, 4 * ldc);
 }
-
 
 // Of one product, how its sides are taken and cut.
 struct TiledPlan {
   bool swapped;
   int64_t left_block, right_block;  // of a task: rows, columns; multiples of 64 or everything
   int64_t chunk;                    // of k, a multiple of kTileK
+  bool* not_finite;                 // set where a side holds what the kind cannot multiply
+
+  void tell_not_finite() const { __atomic_store_n(not_finite, true, __ATOMIC_RELAXED); }
 };
 
 template <class Kind>
@@ -226,11 +347,12 @@ struct TiledSides {
   IndexMap columns;  // of b
   int64_t left_count, right_count;
 
+  TiledSides(const TiledSides&) = delete;  // the sides point to `columns`
   TiledSides(const Gemm& g, bool swapped) {
     using Src = typename Kind::Src;
     columns.append(g.n, g.b_n);
-    const Side<Kind> a{static_cast<const Src*>(g.a.data) + g.a.offset, &g.a.rows, g.a.col};
-    const Side<Kind> b{static_cast<const Src*>(g.b) + g.b_offset, &columns, g.b_k};
+    const Side<Kind> a{static_cast<const Src*>(g.a.data) + g.a.offset, &g.a.rows, g.a.col, g.k};
+    const Side<Kind> b{static_cast<const Src*>(g.b) + g.b_offset, &columns, g.b_k, g.k};
     left = swapped ? b : a;
     right = swapped ? a : b;
     left_count = swapped ? g.n : g.m;
@@ -249,6 +371,19 @@ inline int64_t packed_bytes(int64_t count, int64_t k) {
   return ceil_div(count, kPanelSide) * ceil_div(k, kTileK) * kBlockBytes<Kind>;
 }
 
+// c [rows][columns] -> out [columns][rows]; whole tiles of both are touched.
+inline void transpose_group(const float* c, int64_t ldc, int64_t rows, int64_t columns, float* out, int64_t ldo) {
+  for (int64_t i = 0; i < rows; i += 16)
+    for (int64_t j = 0; j < columns; j += 16) {
+      __m512 words[16];
+#pragma GCC unroll 16
+      for (int w = 0; w < 16; ++w) words[w] = _mm512_load_ps(c + (i + w) * ldc + j);
+      transpose_16x16(words);
+#pragma GCC unroll 16
+      for (int w = 0; w < 16; ++w) _mm512_store_ps(out + (j + w) * ldo + i, words[w]);
+    }
+}
+
 // Rows [l0, l1) of the left side x columns [r0, r1) of the right one. shared: the whole right side, packed chunk after
 // chunk, or null to pack the block here.
 template <class Kind, bool kSwapped>
@@ -265,8 +400,12 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
   const bool direct = sides.left.direct(), keep = chunks > 1;
 
   Scratch<char> right_packed(shared == nullptr ? packed_bytes<Kind>(columns, chunk) : 0);
-  Scratch<char> left_packed(2 * (direct ? kBlockBytes<Kind> : packed_bytes<Kind>(kPanelSide, chunk)));
-  Scratch<float> sums(keep ? left_groups * right_groups * kGroup : kGroup);
+  // A packed left panel takes little of L1; the sums of its whole group wait then.
+  const bool pack_ahead = !direct && sides.left.k == 1 && sides.left.rows->even();
+  const int64_t left_k = direct || (pack_ahead && right_panels == 1) ? most(chunk, 1) : 256;
+  const int64_t left_bytes = direct ? kBlockBytes<Kind> : packed_bytes<Kind>(kPanelSide, least(chunk, left_k));
+  Scratch<char> left_packed(2 * left_bytes);
+  Scratch<float> sums((keep ? left_groups : 1) * right_groups * kGroup);
   Scratch<float> turned(kSwapped ? kGroup : 0);
 
   tiles::Config tail_config = kWhole;  // the last panel's rows are as many as there are
@@ -281,22 +420,27 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
     const int64_t kc = least(chunk, g.k - k0), blocks = ceil_div(kc, kTileK), panel_bytes = blocks * kBlockBytes<Kind>;
     const bool first = index == 0, last = index + 1 == chunks;
     const char* right = right_packed.data();
-    if (shared == nullptr) pack_side(sides.right, r0, columns, k0, kc, false, right_packed.data(), panel_bytes);
+    const auto pack = [&](const Side<Kind>& side, int64_t from, int64_t count, int64_t k, int64_t length, bool left,
+                          char* to, int64_t bytes) {
+      if (pack_side(side, from, count, k, length, left, to, bytes)) plan.tell_not_finite();
+    };
+    if (shared == nullptr) pack(sides.right, r0, columns, k0, kc, false, right_packed.data(), panel_bytes);
     else right = shared + packed_bytes<Kind>(sides.right_count, k0) + r0 / kPanelSide * panel_bytes;
 
-    // Left rows [l, l + rows), at most a panel.
-    const auto left_rows = [&](int64_t l, int64_t rows, char* packed) {
-      const int64_t row_bytes = sides.left.rows->step() * 2;
+    // Left rows [l, l + rows), at most a panel; k in [k0 + from, k0 + from + length).
+    // ahead: the first kernel packs them.
+    const auto left_rows = [&](int64_t l, int64_t rows, int64_t from, int64_t length, bool ahead, char* packed) {
+      const int64_t tiles = rows > kTileSide ? 2 : 1, row_bytes = sides.left.rows->step() * 2;
       if (!direct) {
-        const int64_t tiles = rows > kTileSide ? 2 : 1;
-        pack_side(sides.left, l, rows, k0, kc, true, packed, panel_bytes);
-        return LeftRows{packed, 64, kTileBytes * Kind::kParts, tiles * kTileBytes * Kind::kParts, blocks};
+        if (!ahead) pack(sides.left, l, rows, k0 + from, length, true, packed, left_bytes);
+        return LeftRows{packed, 64, kTileBytes * Kind::kParts, tiles * kTileBytes * Kind::kParts,
+                        ceil_div(length, kTileK), nullptr};
       }
-      const int64_t whole = kc / kTileK;
-      const char* data = reinterpret_cast<const char*>(sides.left.data + k0) + l * row_bytes;
-      LeftRows found{data, row_bytes, 16 * row_bytes, 2 * kTileK, whole};
-      if (whole < blocks) {
-        pack_side(sides.left, l, rows, k0 + whole * kTileK, kc - whole * kTileK, true, packed, kBlockBytes<Kind>);
+      const int64_t whole = length / kTileK;
+      const char* data = reinterpret_cast<const char*>(sides.left.data + k0 + from) + l * row_bytes;
+      LeftRows found{data, row_bytes, 16 * row_bytes, 2 * kTileK, whole, nullptr};
+      if (whole * kTileK < length) {
+        pack(sides.left, l, rows, k0 + from + whole * kTileK, length - whole * kTileK, true, packed, left_bytes);
         found.tail = packed;
       }
       return found;
@@ -308,48 +452,62 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
       const int64_t group_rows = least(l1 - l, panels * kPanelSide), group = (l - l0) / kPanelSide;
       const int64_t rows_of_last = group_rows - (panels - 1) * kPanelSide;
       scope.use(rows_of_last < kPanelSide ? tail_config : kWhole);
-      LeftRows left[2];
-      for (int64_t p = 0; p < panels; ++p)
-        left[p] = left_rows(l + p * kPanelSide, p + 1 < panels ? kPanelSide : rows_of_last,
-                            left_packed.data() + p * packed_bytes<Kind>(kPanelSide, direct ? kTileK : chunk));
-      Prefetch prefetch;
-      if (direct && l + group_rows < l1) {
-        prefetch.row = left[0].data + group_rows * left[0].row_bytes;
-        prefetch.row_stride = left[0].row_bytes;
-        prefetch.row_lines = ceil_div(2 * kc, 64);
-        prefetch.rows_left = least(group_rows, l1 - l - group_rows);
-        prefetch.per_call = ceil_div(prefetch.row_lines * prefetch.rows_left, most(1, right_panels * panels * blocks));
-        if (prefetch.per_call > 16) prefetch.rows_left = 0;  // the hardware's own will do
-      }
-      for (int64_t rg = 0; rg < right_groups; ++rg) {
-        float* c = sums.data();
-        if (keep) c += (group * right_groups + rg * panels) * kPanelSide * kRightGroup;
-        const int64_t group_columns = least(columns - rg * kRightGroup, kRightGroup);
-        for (int64_t p = 0; p < panels; ++p) {
-          const bool two_left = p + 1 < panels || rows_of_last > kTileSide;
-          for (int64_t rp = 0; rp * kPanelSide < group_columns; ++rp) {
-            const char* right_panel = right + (rg * (kRightGroup / kPanelSide) + rp) * panel_bytes;
-            const bool two_right = group_columns - rp * kPanelSide > kTileSide;
-            float* at = c + p * kPanelSide * kRightGroup + rp * kPanelSide;
-            const auto multiply = two_left ? (two_right ? multiply_tiles<Kind, 2, 2, kSwapped> : multiply_tiles<Kind, 2, 1, kSwapped>)
-                                           : (two_right ? multiply_tiles<Kind, 1, 2, kSwapped> : multiply_tiles<Kind, 1, 1, kSwapped>);
-            multiply(left[p], right_panel, at, kRightGroup, !first, &prefetch);
-          }
+      const auto packs_ahead = [&](int64_t panel, int64_t length) {
+        return pack_ahead && (panel + 1 < panels || rows_of_last == kPanelSide) && length % kTileK == 0 && length > 0;
+      };
+      for (int64_t from = 0; from == 0 || from < kc; from += left_k) {
+        const int64_t length = least(left_k, kc - from);
+        LeftRows left[2];
+        for (int64_t p = 0; p < panels; ++p)
+          left[p] = left_rows(l + p * kPanelSide, p + 1 < panels ? kPanelSide : rows_of_last, from, length,
+                              packs_ahead(p, length), left_packed.data() + p * left_bytes);
+        FetchAhead fetch;
+        Prefetch& prefetch = fetch.prefetch;
+        if (direct && l + group_rows < l1) {
+          prefetch.row = left[0].data + group_rows * left[0].row_bytes;
+          prefetch.row_stride = left[0].row_bytes;
+          prefetch.row_lines = ceil_div(2 * kc, 64);
+          prefetch.rows_left = least(group_rows, l1 - l - group_rows);
+          const int64_t calls = most(1, right_panels * panels * blocks);
+          prefetch.per_call = ceil_div(prefetch.row_lines * prefetch.rows_left, calls);
+          if (prefetch.per_call > 16) prefetch.rows_left = 0;  // the hardware's own will do
         }
-        if (!last) continue;
-        if constexpr (!kSwapped) {
-          finish(g.out, c, kRightGroup, l, group_rows, r0 + rg * kRightGroup, group_columns);
-        } else {
-          for (int64_t i = 0; i < group_rows; i += 16)
-            for (int64_t j = 0; j < group_columns; j += 16) {
-              __m512 words[16];
-#pragma GCC unroll 16
-              for (int w = 0; w < 16; ++w) words[w] = _mm512_load_ps(c + (i + w) * kRightGroup + j);
-              transpose_16x16(words);
-#pragma GCC unroll 16
-              for (int w = 0; w < 16; ++w) _mm512_store_ps(turned.data() + (j + w) * kLeftGroup + i, words[w]);
+        for (int64_t rg = 0; rg < right_groups; ++rg) {
+          float* c = sums.data() + (keep ? group * right_groups * kPanelSide * kRightGroup : 0);
+          if (keep || left_k < kc) c += rg * panels * kPanelSide * kRightGroup;
+          const int64_t group_columns = least(columns - rg * kRightGroup, kRightGroup);
+          for (int64_t p = 0; p < panels; ++p) {
+            const bool two_left = p + 1 < panels || rows_of_last > kTileSide;
+            for (int64_t rp = 0; rp * kPanelSide < group_columns; ++rp) {
+              const bool two_right = group_columns - rp * kPanelSide > kTileSide;
+              const char* right_panel = right + (rg * (kRightGroup / kPanelSide) + rp) * panel_bytes +
+                                        from / kTileK * (two_right ? 2 : 1) * kTileBytes * Kind::kParts;
+              float* at = c + p * kPanelSide * kRightGroup + rp * kPanelSide;
+              const bool add = !first || from > 0;
+              if (rg == 0 && rp == 0 && packs_ahead(p, length)) {
+                PackAhead<Kind, 2> packer{sides.left.data + (l + p * kPanelSide) * sides.left.rows->step() + k0 + from,
+                                          sides.left.rows->step(), left[p].blocks,
+                                          left_packed.data() + p * left_bytes, right_panels > 1, {}};
+                const auto multiply = two_right ? multiply_tiles<Kind, 2, 2, kSwapped, PackAhead<Kind, 2>>
+                                                : multiply_tiles<Kind, 2, 1, kSwapped, PackAhead<Kind, 2>>;
+                multiply(left[p], right_panel, at, kRightGroup, add, &packer);
+                if (!packer.loader.all_finite()) plan.tell_not_finite();
+                continue;
+              }
+              const auto multiply = two_left ? two_right ? multiply_tiles<Kind, 2, 2, kSwapped, FetchAhead>
+                                                         : multiply_tiles<Kind, 2, 1, kSwapped, FetchAhead>
+                                    : two_right ? multiply_tiles<Kind, 1, 2, kSwapped, FetchAhead>
+                                                : multiply_tiles<Kind, 1, 1, kSwapped, FetchAhead>;
+              multiply(left[p], right_panel, at, kRightGroup, add, &fetch);
             }
-          finish(g.out, turned.data(), kLeftGroup, r0 + rg * kRightGroup, group_columns, l, group_rows);
+          }
+          if (!last || from + length < kc) continue;
+          if constexpr (!kSwapped) {
+            finish(g.out, c, kRightGroup, l, group_rows, r0 + rg * kRightGroup, group_columns);
+          } else {
+            transpose_group(c, kRightGroup, group_rows, group_columns, turned.data(), kLeftGroup);
+            finish(g.out, turned.data(), kLeftGroup, r0 + rg * kRightGroup, group_columns, l, group_rows);
+          }
         }
       }
       l += group_rows;
@@ -365,8 +523,9 @@ inline double side_cost(const IndexMap& rows, int64_t k, bool left) {
   return 10;
 }
 
+// Returns whether there was an element that the kind cannot multiply: then the results of its row or column are wrong.
 template <class Kind>
-inline void run_tiled(const GemmList& source) {
+inline bool run_tiled(const GemmList& source) {
   constexpr int64_t kSerialCycles = 30000;            // below it threads cost more than they bring
   constexpr int64_t kSharedBytes = int64_t{1} << 29;  // above it each task packs its own right side
   constexpr int64_t kPackPanels = 8;
@@ -381,7 +540,7 @@ inline void run_tiled(const GemmList& source) {
     work += ceil_div(m, 16) * ceil_div(n, 16) * most(ceil_div(k, kTileK), 1) * 16 * Kind::kParts * Kind::kParts;
     b_elements += n * k;
   }
-  if (n == 0 || rows == 0) return;
+  if (n == 0 || rows == 0) return false;
   const double a_elements = static_cast<double>(rows) * static_cast<double>(most_k);
   IndexMap columns;
   columns.append(n, first.b_n);
@@ -390,20 +549,36 @@ inline void run_tiled(const GemmList& source) {
   const double swapped_cost = a_elements * side_cost<Kind>(first.a.rows, first.a.col, false) +
                               static_cast<double>(b_elements) * side_cost<Kind>(columns, first.b_k, true) +
                               5.0 * static_cast<double>(rows) * static_cast<double>(n);
+  bool not_finite = false;
   TiledPlan plan{};
+  plan.not_finite = &not_finite;
   plan.swapped = swapped_cost < plain_cost;
   const int64_t cycles = work + (b_elements + rows * most_k) / 4;
   const int64_t threads = cycles <= kSerialCycles ? 1 : num_threads();
 
-  // The right block lies in half of L2, and so do the sums of a task if they have to wait for the next chunk of k.
+  // The right block takes at most three eighths of L2, and the sums of a task, where they wait for the next chunk of k,
+  // a quarter. A right side that is packed where it is used wants all left rows in one task; few left rows want it
+  // packed and used within L1, but read by long stretches.
   const int64_t most_left = plan.swapped ? n : most_rows, most_right = plan.swapped ? most_rows : n;
-  const int64_t half = l2_cache_bytes() / 2;
-  plan.right_block = least(ceil_div(most_right, kPanelSide) * kPanelSide, 512);
-  plan.chunk = most(half / (plan.right_block * kBlockBytes<Kind> / kPanelSide) * kTileK, 8 * kTileK);
+  const int64_t eighth = l2_cache_bytes() / 8, all_right = ceil_div(most_right, kFinishSide) * kFinishSide;
+  const auto within = [](int64_t low, int64_t x, int64_t high) { return least(most(x, low), high); };
+  plan.right_block = least(all_right, 512);
+  plan.left_block = ceil_div(most_left, kFinishSide) * kFinishSide;
+  plan.chunk = 3 * eighth / (plan.right_block * 2 * Kind::kParts) / kTileK * kTileK;
+  if (!plan.swapped && most_left <= kPanelSide) {
+    plan.chunk = kTileK;
+  } else if (most_k > plan.chunk) {
+    if (!plan.swapped) {
+      plan.left_block = least(plan.left_block, 1024);
+      plan.right_block = least(all_right, within(64, eighth / 2 / plan.left_block / kFinishSide * kFinishSide, 512));
+      plan.chunk = 3 * eighth / (plan.right_block * 2 * Kind::kParts) / kTileK * kTileK;
+    } else {
+      plan.left_block = least(plan.left_block, most(eighth / 2 / plan.right_block / kFinishSide * kFinishSide, 256));
+    }
+    plan.chunk = most(plan.chunk, 4 * kTileK);
+  }
   const int64_t chunks = most(1, ceil_div(most_k, plan.chunk));
   plan.chunk = most(ceil_div(ceil_div(most_k, chunks), kTileK) * kTileK, kTileK);
-  plan.left_block = ceil_div(most_left, kFinishSide) * kFinishSide;
-  if (chunks > 1) plan.left_block = least(plan.left_block, most(half / 4 / plan.right_block / kFinishSide * kFinishSide, 256));
   const auto left_blocks = [&](int64_t i) { return ceil_div(plan.swapped ? n : source.m(i), plan.left_block); };
   const auto right_blocks = [&](int64_t i) { return ceil_div(plan.swapped ? source.m(i) : n, plan.right_block); };
   const auto tasks = [&](int64_t i) { return left_blocks(i) * right_blocks(i); };
@@ -456,9 +631,9 @@ inline void run_tiled(const GemmList& source) {
       const int64_t r = part * kPackPanels * kPanelSide, some = least(kPackPanels * kPanelSide, sides.right_count - r);
       for (int64_t k0 = 0; k0 < g.k; k0 += plan.chunk) {
         const int64_t kc = least(plan.chunk, g.k - k0), panel_bytes = ceil_div(kc, kTileK) * kBlockBytes<Kind>;
-        pack_side(sides.right, r, some, k0, kc, false,
-                  shared.data() + cursor.packed + packed_bytes<Kind>(sides.right_count, k0) + r / kPanelSide * panel_bytes,
-                  panel_bytes);
+        char* to = shared.data() + cursor.packed + packed_bytes<Kind>(sides.right_count, k0);
+        to += r / kPanelSide * panel_bytes;
+        if (pack_side(sides.right, r, some, k0, kc, false, to, panel_bytes)) plan.tell_not_finite();
       }
     });
   }
@@ -470,6 +645,7 @@ inline void run_tiled(const GemmList& source) {
     task(g, plan, l0, least(left_count, l0 + plan.left_block), r0, least(right_count, r0 + plan.right_block),
          share ? shared.data() + cursor.packed : nullptr);
   });
+  return not_finite;
 }
 
 }  // namespace ISOTILE_ISA

@@ -1,4 +1,5 @@
-// How lists of products run: packed panels, the register tile, tasks for the threads. Included by matmul.cc only.
+// How lists of products run: packed panels, the register tile, tasks for the threads. Included by matmul.cc only. Sets
+// with matrix tiles take bfloat16 and float16 to _gemm_amx.h instead, which keeps the same promise in its own order.
 //
 // One accumulation order everywhere: k is cut into chunks of Kind::kChunk; within a chunk each output element adds
 // its products one after another (pairs of them with vdpbf16ps), and the chunks' sums are added in order. The chunk
@@ -207,9 +208,81 @@ inline void run_kind(const GemmList& list) {
   run_list<Kind>(list, packers);
 }
 
+#if ISOTILE_HAS_TILES
+struct Single final : GemmList {
+  int64_t count() const override { return 1; }
+  int64_t m(int64_t) const override { return first.m; }
+  int64_t k(int64_t) const override { return first.k; }
+  void place(int64_t, Gemm*) const override {}
+};
+
+// float16 on tiles leaves the rows of a and columns of b that are not finite to this. Nothing in their results is
+// finite, so that no bits depend on which arithmetic found them.
+void redo_not_finite(const GemmList& list) {
+  const auto finite = [](Float16 x) { return (x.bits & 0x7c00) != 0x7c00; };
+  Gemm g = list.first;
+  for (int64_t i = 0; i < list.count(); ++i) {
+    g.m = list.m(i);
+    g.k = list.k(i);
+    list.place(i, &g);
+    // Neighbours go together where their places are evenly apart.
+    const bool even = g.a.rows.even() && g.out.y.rows.even() && g.out.preactivation.rows.even() &&
+                      g.out.residual.rows.even();
+    const auto redo = [&](int64_t count, bool neighbours, const auto& whole, const auto& cut) {
+      for (int64_t begin = 0, end; begin < count; begin = end) {
+        for (end = begin; end < count && !whole(end) && (neighbours || end == begin); ++end) {
+        }
+        if (end == begin) {
+          ++end;
+          continue;
+        }
+        Single part;
+        part.first = g;
+        cut(&part.first, begin, end - begin);
+        run_kind<FloatKind<float>, Float16, Float16>(part);
+      }
+    };
+    const auto* a = static_cast<const Float16*>(g.a.data) + g.a.offset;
+    const auto* b = static_cast<const Float16*>(g.b) + g.b_offset;
+    redo(g.m, even,
+         [&](int64_t row) {
+           bool all = true;
+           for (int64_t k = 0; k < g.k; ++k) all = all && finite(a[g.a.rows.at(row) + k * g.a.col]);
+           return all;
+         },
+         [](Gemm* part, int64_t row, int64_t rows) {
+           part->m = rows;
+           Matrix* const matrices[] = {&part->a, &part->out.y, &part->out.preactivation, &part->out.residual};
+           for (Matrix* matrix : matrices) matrix->offset += matrix->rows.at(row);
+         });
+    redo(g.n, true,
+         [&](int64_t column) {
+           bool all = true;
+           for (int64_t k = 0; k < g.k; ++k) all = all && finite(b[column * g.b_n + k * g.b_k]);
+           return all;
+         },
+         [](Gemm* part, int64_t column, int64_t columns) {
+           part->n = columns;
+           part->b_offset += column * part->b_n;
+           Matrix* const matrices[] = {&part->out.y, &part->out.preactivation, &part->out.residual};
+           for (Matrix* matrix : matrices) matrix->offset += column * matrix->col;
+           const int64_t bias = column * part->out.bias_stride * item_size(part->out.bias_dtype);
+           if (part->out.bias != nullptr) part->out.bias = static_cast<const char*>(part->out.bias) + bias;
+         });
+  }
+}
+#endif
+
 void run_gemms(DType a, DType b, const GemmList& list) {
 #if ISOTILE_HAS_TILES
-  if (a == DType::kBFloat16 && b == DType::kBFloat16) return run_tiled<Bf16Tiles>(list);
+  if (a == DType::kBFloat16 && b == DType::kBFloat16) {
+    run_tiled<Bf16Tiles>(list);
+    return;
+  }
+  if (a == DType::kFloat16 && b == DType::kFloat16) {
+    if (run_tiled<F16Tiles>(list)) redo_not_finite(list);
+    return;
+  }
 #elif ISOTILE_HAS_BF16_DOT
   if (a == DType::kBFloat16 && b == DType::kBFloat16) return run_kind<PairKind, BFloat16, BFloat16>(list);
 #endif

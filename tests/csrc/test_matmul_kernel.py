@@ -180,6 +180,46 @@ def test_small_integers_are_exact_and_rows_do_not_depend_on_the_batch(isa, dtype
                 assert torch.equal(part, y[:rows]), (k, n, layout, rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa", ISAS[-1:])
+def test_many_chunks(isa, dtype):
+    """Sizes at which tiles cut k, share a packed side, and cut both sides into tasks; either operand on either side."""
+    g = torch.Generator().manual_seed(7)
+    for (m, k, n), layout in itertools.product(
+        [(530, 1100, 70), (70, 1100, 530), (1050, 300, 40)], ("rows", "columns")
+    ):
+        a, b = (torch.randint(-4, 5, s, generator=g).to(dtype) for s in ((m, k), (k, n)))
+        b = b.mT.contiguous().mT if layout == "columns" else b
+        y, check = guarded((m, n), torch.float32)
+        run(isa, "matmul", [a, b, None, None, y, None], [0])
+        assert torch.equal(y, a.float() @ b.float())
+        a = draw((m, k), dtype, "rows", g)
+        run(isa, "matmul", [a, b, None, None, y, None], [0])
+        alone = torch.empty(1, n)
+        run(isa, "matmul", [a[m // 2 : m // 2 + 1], b, None, None, alone, None], [0])
+        assert torch.equal(alone, y[m // 2 : m // 2 + 1])
+        check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_infinities_everywhere(isa, dtype):
+    """More than one row and column that are not finite, neighbours too, with everything that an epilogue does."""
+    g = torch.Generator().manual_seed(8)
+    for layout, out in itertools.product(("rows", "columns", "gaps"), ("rows", "columns", "gaps")):
+        a, b = draw((3, 21, 70), dtype, layout, g), draw((70, 90), dtype, layout, g)
+        a[0, 4:6, 3], a[1, 20, 69], a[2, 0, 0] = float("inf"), float("-inf"), float("nan")
+        b[5, 8:11], b[69, 89] = float("inf"), float("-inf")
+        bias, residual = draw((90,), dtype, "rows", g), draw((3, 21, 90), dtype, "gaps", g)
+        y, check = guarded((3, 21, 90), torch.promote_types(dtype, torch.float32), out)
+        run(isa, "matmul", [a, b.expand(3, 70, 90), bias, residual, y, None], [1])
+        z = a.double() @ b.double() + bias.double()
+        truth = z.relu() + residual.double()
+        assert torch.equal(y.isnan(), truth.isnan()) and torch.equal(y.isinf(), truth.isinf())
+        assert torch.equal(y.double()[truth.isinf()], truth[truth.isinf()])
+        check()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_and_infinity_stay_in_their_row_and_column(isa, dtype):
