@@ -809,7 +809,7 @@ def test_suite_can_be_narrowed(tmp_path, plant):
     assert set(by_contender(rows)["planted"]["speed_vs"]) == {"torch", "onednn"}
 
 
-def made_up_run(tmp_path, name, contender, scale, **about):
+def made_up_run(tmp_path, name, contender, scale, ratio=2.0, **about):
     header = {**machine_module.provenance(["softmax"]), "effort": {}, "warm": False, "contenders": {contender: {}}}
     writer = records.Writer(tmp_path / name, {**header, **about})
     for case, factor in (("tiny", 1.0), ("large", 8.0)):
@@ -819,7 +819,7 @@ def made_up_run(tmp_path, name, contender, scale, **about):
             "contender": contender, "status": "ok", "samples_s": samples, "clean": [True] * 9, "calls": 1,
             "median_s": samples[4], "tokens": 16, "device": about.get("device", "cpu"), "threads": about["threads"],
             "roofline_share": 0.5, "quiet": True,
-            "speed_vs": {"torch": {"median": 2.0 * factor, "q1": 1.9, "q3": 2.1, "quiet": True}},
+            "speed_vs": {"torch": {"median": ratio * factor, "q1": 1.9, "q3": 2.1, "quiet": True}},
         })  # fmt: skip
     writer.write({"kind": "end", "complete": True, "peaks": {}})
     writer.close()
@@ -854,6 +854,11 @@ def test_readme_table_is_made_from_a_run(tmp_path, capsys):
     assert text.startswith("before\n<!-- speed: begin (made) -->\n| torch's time") and "old" not in text
     page.write_text("nothing")
     assert main(["readme", str(path), "--write", str(page)]) == 2
+    later = made_up_run(tmp_path, "b", "cpu", 1e-4, threads=2, ratio=3.0)  # the same rows, measured again
+    capsys.readouterr()
+    assert main(["readme", str(path), str(later)]) == 0
+    said = capsys.readouterr().out
+    assert "| `softmax` forward | **8.49** (3.00 to 24.00) |" in said and said.count("PyTorch") == 1
 
 
 def test_records_are_strict_json(tmp_path):

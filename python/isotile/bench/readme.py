@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import table
+from .compare import key_of
 from .records import NotARun, read
 
 MARKS = re.compile(r"(<!-- speed: begin[^\n]*-->\n).*?(<!-- speed: end -->)", re.DOTALL)
@@ -25,19 +26,13 @@ def _most(values: Sequence[Any]) -> int:
 def summary(runs: Sequence[tuple[dict[str, Any], Rows]], contender: str = "cpu", rival: str = "torch") -> str:
     """Operators down, dtypes across: the geometric mean of the rival's time over ours, and its range over the cases.
 
-    Several runs make one table; where two have a row of the same operator, direction and dtype, both count.
+    Several runs make one table; where two have the same row, the later one's counts.
     """
     threads = _most([r["threads"] for _, rows in runs for r in rows])
+    last = {key_of(r): i for i, (_, rows) in enumerate(runs) for r in rows}
     chosen = [
-        [
-            r
-            for r in rows
-            if r["contender"] == contender
-            and r["status"] == "ok"
-            and r["threads"] == threads
-            and rival in r["speed_vs"]
-        ]
-        for _, rows in runs
+        [r for r in rows if last[key_of(r)] == i and _counts(r, contender, threads) and rival in r["speed_vs"]]
+        for i, (_, rows) in enumerate(runs)
     ]
     rated = [r for rows in chosen for r in rows]
     dtypes = list(dict.fromkeys(r["dtype"] for r in rated))
@@ -55,9 +50,13 @@ def summary(runs: Sequence[tuple[dict[str, Any], Rows]], contender: str = "cpu",
             ]
             cells.append(_ratios(found))
         lines.append(f"| `{op}` {direction} | " + " | ".join(cells) + " |")
-    sources = [_source(about, threads, rows) for (about, _), rows in zip(runs, chosen, strict=True)]
+    sources = [_source(about, threads, rows) for (about, _), rows in zip(runs, chosen, strict=True) if rows]
     legend = "Above 1 isotile is faster: the geometric mean over the cases, and the range."
     return "\n".join([*lines, "", legend, *(line for source in sources for line in ("", source))])
+
+
+def _counts(row: dict[str, Any], contender: str, threads: int) -> bool:
+    return row["contender"] == contender and row["status"] == "ok" and row["threads"] == threads
 
 
 def _ratios(found: list[float]) -> str:
@@ -76,7 +75,8 @@ def _source(about: dict[str, Any], threads: int, rated: Rows) -> str:
     note = f" {busy} of {len(rated)} rows were measured while the machine was busy." if busy else ""
     device = about.get("device_name") or about["processor"]
     return (
-        f"{about['date'][:10]}, {device} ({about['instruction_set']}), {threads} threads, PyTorch {about['torch']}, "
+        f"{about['date'][:10]}, {device} ({about['instruction_set']}), {threads} "
+        f"thread{'s' * (threads > 1)}, PyTorch {about['torch']}, "
         f"isotile {about['isotile']}{commit}; `{about['command']}`.{note}"
     )
 
@@ -84,8 +84,7 @@ def _source(about: dict[str, Any], threads: int, rated: Rows) -> str:
 def operator(about: dict[str, Any], rows: Rows, op: str, contender: str = "cpu", rival: str = "torch") -> str:
     """One operator's cases, for its page: time, share of the roofline and speed, or an empty string."""
     threads = _most([r["threads"] for r in rows])
-    own = [r for r in rows if r["op"] == op and r["contender"] == contender and r["threads"] == threads]
-    own = [r for r in own if r["status"] == "ok"]
+    own = [r for r in rows if r["op"] == op and _counts(r, contender, threads)]
     if not own:
         return ""
     lines = [f"| case | dtype | direction | time | share of the roofline | {rival}'s time / isotile's |"]
