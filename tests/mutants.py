@@ -67,6 +67,11 @@ def interpreted(op: str, dtype: str = "float32") -> tuple[str, ...]:
     return (f"tests/test_triton.py::test_agrees_with_the_float64_truth[{dtype}-{op}]",)
 
 
+def kernels(name: str, chosen: str) -> tuple[str, ...]:
+    """Some of the tests of the Triton kernels alone."""
+    return (f"tests/triton/test_{name}.py", "-k", chosen)
+
+
 def vectors(isa: str) -> tuple[str, ...]:
     return (f"tests/csrc/test_vec.py::test_vectors_keep_their_contract[{isa}-True]",)
 
@@ -568,6 +573,76 @@ TRITON = [
         "only shapes that split k have more than one",
         ("tests/triton/test_quantized_linear.py::test_every_format_under_every_configuration",),
         env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "repair_of_hidden_pairs",
+        "kernels/triton/_attention.py",
+        "                pairs = visible & (lane == row - begin)[None, :]",
+        "                pairs = (lane == row - begin)[None, :] & (weight == weight)",
+        "only where a hidden value is not finite, and only on the path that repairs",
+        kernels("attention", "hidden_values"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "gradient_of_an_empty_row",
+        "kernels/triton/attention_backward.py",
+        '    delta = tl.where(lse == -float("inf"), 0.0, delta)',
+        '    delta = tl.where(lse == float("inf"), 0.0, delta)',
+        "a row that sees nothing has no gradient; its sink would get one",
+        kernels("attention", "gradients and everything"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "first_part_left_out",
+        "kernels/triton/matmul.py",
+        "    for part in range(SPLIT_K):",
+        "    for part in range(1, SPLIT_K):",
+        "only split products pass here",
+        kernels("matmul", "exact and float32 and nn"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "next_matrix_in_the_tail",
+        "kernels/triton/_matmul_descriptor.py",
+        '        if not how[0] and view is b and how[3] and k % meta["BLOCK_K"]:',
+        '        if not how[0] and view is b and how[3] and k % meta["BLOCK_K"] and k < 0:',
+        "zero times the next matrix's rows is zero, unless they are NaN",
+        kernels("matmul", "next_matrix"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "lanes_of_equal_weight",
+        "kernels/triton/_norm.py",
+        "        square += drift * drift * weight",
+        "        square += drift * drift",
+        "Welford's merge: lanes that agree hide it, and so do rows of one chunk",
+        kernels("norms", "layer_norm and 9001 and float32 or layer_norm and 5000 and float32"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "group_of_a_boundary_tile",
+        "kernels/triton/_grouped.py",
+        "    group = tl.sum((before <= tile_m).to(tl.int32), axis=0)",
+        "    group = tl.sum((before < tile_m).to(tl.int32), axis=0)",
+        "the first tile of every group but the first",
+        interpreted("grouped_matmul"),
+        env=tuple(INTERPRET.items()),
+    ),
+    Mutant(
+        "model_over_measurement",
+        "python/isotile/tuning/__init__.py",
+        '        if old is None or not (old["source"] == "measured" and entry["source"] == "modelled"):',
+        '        if old is None or entry["config"]:',
+        "a modelled entry must not take the place of a measured one",
+        ("tests/test_tuning.py", "-k", "writing"),
+    ),
+    Mutant(
+        "journal_of_other_kernels",
+        "python/isotile/tuning/search.py",
+        '            if record.get("context") == context:',
+        '            if record.get("context"):',
+        "times of kernels that were edited since",
+        ("tests/test_tuning.py", "-k", "measured_again"),
     ),
 ]
 

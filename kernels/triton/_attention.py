@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._layout import architecture, loops, next_power, refuse_dtypes
+from ._layout import architecture, dtype_name, loops, next_power, product, refuse_dtypes
 from ._tiles import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -253,3 +253,36 @@ def refuse(query, key, value, others):
     if reason is None and max(query.shape[-2], key.shape[-2]) >= 2**30:
         reason = "more than 2**30 queries or keys in one head"
     return reason
+
+
+def rich(dropout_p, softcap, attn_mask, alibi_slopes):
+    """Whether a score needs more live values than its exponent: such tiles are halved rather than spilled."""
+    return dropout_p > 0 or softcap > 0 or attn_mask is not None or alibi_slopes is not None
+
+
+def attention_problem(query, key, value, attn_mask, alibi_slopes, scalars):
+    """What a tuned configuration depends on: words and truths must be equal, numbers near."""
+    heads, sq = query.shape[-3:-1]
+    return {
+        "dtype": dtype_name(query.dtype),
+        "tf32": bool(scalars.get("allow_tf32", False)),
+        "d": max(block_d(query.shape[-1]), block_d(value.shape[-1])),
+        "ranged": bool(scalars["is_causal"]) or scalars["window_left"] >= 0 or scalars["window_right"] >= 0,
+        "rich": rich(scalars["dropout_p"], scalars["softcap"], attn_mask, alibi_slopes),
+        "programs": product(query.shape[:-3]) * heads,
+        "queries": sq,
+        "keys": key.shape[-2],
+    }
+
+
+#: Share of the matrix units' speed that a tile of scores reaches, by its area.
+_SHARE = ((128 * 128, 1.0), (128 * 64, 0.88), (64 * 64, 0.7), (64 * 32, 0.5), (0, 0.35))
+
+
+def tile_cost(problem, block_m, block_n, sms):
+    """Modelled time of all tiles of scores: waves of programs, in each the steps over the other dimension."""
+    share = next(share for area, share in _SHARE if block_m * block_n >= area)
+    programs = problem["programs"] * triton.cdiv(problem["queries"], block_m)
+    steps = triton.cdiv(problem["keys"], block_n)
+    waves = max(programs / sms, 1.0)
+    return waves * (steps * block_m * block_n * problem["d"] / share + 60000)

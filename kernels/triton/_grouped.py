@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Descriptor, Launch
-from ._layout import architecture, next_power, override, read_config
+from ._layout import architecture, cheapest, dtype_name, next_power, override, read_config
 from ._tiles import tile_position
 
 
@@ -193,6 +193,32 @@ def _meta(config, a, b, tf32):
     return override(
         {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}, config
     )
+
+
+def problem(rows, groups, n, k, dtype, allow_tf32):
+    return {
+        "dtype": dtype_name(dtype),
+        "tf32": bool(allow_tf32),
+        "rows": rows,
+        "groups": groups,
+        "n": n,
+        "k": k,
+    }
+
+
+def candidates(problem, device):
+    """[(modelled multiply-adds, config), ...]: what the last tile of each group wastes, over the tile's own speed."""
+    dtype = getattr(torch, problem["dtype"])
+    own = TILES[_family(dtype, tf32=problem["tf32"])]
+    each = problem["rows"] / max(problem["groups"], 1)
+    found = []
+    for bm, bn, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (64, 64, 4)):
+        speed = min(1.0, (bm * bn / (128 * 256)) ** 0.25)
+        waste = (each + bm / 2) * (triton.cdiv(problem["n"], bn) * bn)
+        for stages in (own[4], own[4] + 1):
+            config = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": own[2], "num_warps": warps, "num_stages": stages}
+            found.append((waste / speed, config))
+    return cheapest(found)
 
 
 def _wide(*views):

@@ -119,3 +119,52 @@ def override(default, config):
     if unknown:
         raise ValueError(f"unknown configuration keys {sorted(unknown)}; known are {sorted(default)}")
     return {**default, **config}
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def cheapest(costed):
+    """Candidates of a configuration, [(modelled cost, config), ...], least cost first, each config once."""
+    seen, found = set(), []
+    for cost, config in sorted(costed, key=lambda pair: pair[0]):
+        key = repr(sorted(config.items(), key=lambda item: item[0]))
+        if key not in seen:
+            seen.add(key)
+            found.append((cost, config))
+    return found
+
+
+def whole_row(n, widest, chunk):
+    """Whether rows of n are held whole: not wider than `widest`, nor padded by more than two thirds beyond a chunk."""
+    return (n <= widest and next_power(n) * 3 <= n * 5) or n <= chunk
+
+
+def row_problem(x, whole):
+    """What a tuned configuration of a row kernel depends on."""
+    n = x.shape[-1]
+    return {"dtype": dtype_name(x.dtype), "whole": whole, "rows": x.numel() // max(n, 1), "n": n}
+
+
+def row_candidates(problem, elements, limit):
+    """Configurations of a kernel of whole rows: tiles of about `elements`, warps for 8 to 64 elements a thread."""
+    block_n = next_power(problem["n"], 16)
+    found = []
+    for size in (elements, 2 * elements, elements // 2):
+        rows = max(1, min(size // block_n, 64))
+        for each in (16, 32, 8, 64):
+            warps = rows * block_n // (32 * each)
+            if 1 <= warps <= limit and warps & (warps - 1) == 0:
+                # all move the same bytes: more in flight is better, registers for 64 elements are the most
+                cost = 1.0 + 0.01 * (size != elements) + 0.01 * abs(each - 16) / 16
+                found.append((cost, {"ROWS": rows, "num_warps": warps}))
+    return cheapest(found)
+
+
+def chunk_candidates(extra=None):
+    """Configurations of a kernel that walks wide rows in chunks."""
+    return cheapest(
+        (1.0 + 0.01 * i, {"BLOCK_N": block, "num_warps": warps, **(extra or {})})
+        for i, (block, warps) in enumerate(((4096, 8), (8192, 16), (4096, 16), (8192, 8), (2048, 4), (2048, 8)))
+    )

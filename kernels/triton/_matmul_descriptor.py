@@ -1,7 +1,8 @@
 """matmul through TMA descriptors with persistent programs, for Hopper and later; see matmul.py for the meaning.
 
 Each of as many programs as multiprocessors walks tiles pid, pid + programs, ...; the loops are flattened so that the
-loads of the next tile are in flight during this one's epilogue. A descriptor needs unit stride in one core dimension
+loads of the next tile are in flight during this one's epilogue; the result leaves through a descriptor as well, which
+stores in the background, where it is one matrix of such strides. A descriptor needs unit stride in one core dimension
 and multiples of 16 bytes elsewhere; an operand that is not so is first copied to such scratch memory, if the
 product is large enough to pay for it (a misaligned operand costs the pointer kernel several times its speed).
 """
@@ -13,13 +14,14 @@ import triton.language as tl
 
 from ._launch import Descriptor, Launch, Scratch
 from ._layout import architecture, units, wide
-from ._tiles import loop_offset, store_epilogue, tile_position
+from ._tiles import epilogue, loop_offset, store_epilogue, tile_position
 
 
 @triton.jit
 def matmul_descriptor_kernel(
     a_desc,
     b_desc,
+    y_desc,
     bias_ptr,
     residual_ptr,
     y_ptr,
@@ -73,64 +75,50 @@ def matmul_descriptor_kernel(
             residual_base = residual_ptr + loop_offset(index, sizes, residual_strides)
         if preactivation_ptr is not None:
             preactivation_base = preactivation_ptr + loop_offset(index, sizes, preactivation_strides)
-        y_base = y_ptr + loop_offset(index, sizes, y_strides)
+        PARTS: tl.constexpr = 2 if HALVES else 1
         if HALVES:
             # half of the columns at a time, so that the epilogue needs half of the registers
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-            store_epilogue(
-                left,
-                bias_ptr,
-                residual_base,
-                y_base,
-                preactivation_base,
-                residual_strides,
-                y_strides,
-                preactivation_strides,
-                bias_stride,
-                rows,
-                cols,
-                m,
-                n,
-                ACTIVATION,
-                WIDE,
-            )
-            store_epilogue(
-                right,
-                bias_ptr,
-                residual_base,
-                y_base,
-                preactivation_base,
-                residual_strides,
-                y_strides,
-                preactivation_strides,
-                bias_stride,
-                rows,
-                cols + BLOCK_N // 2,
-                m,
-                n,
-                ACTIVATION,
-                WIDE,
-            )
+            parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         else:
-            cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            store_epilogue(
-                acc,
-                bias_ptr,
-                residual_base,
-                y_base,
-                preactivation_base,
-                residual_strides,
-                y_strides,
-                preactivation_strides,
-                bias_stride,
-                rows,
-                cols,
-                m,
-                n,
-                ACTIVATION,
-                WIDE,
-            )
+            parts = (acc,)
+        for part in tl.static_range(PARTS):
+            left = tile_n * BLOCK_N + part * (BLOCK_N // PARTS)
+            cols = left + tl.arange(0, BLOCK_N // PARTS)
+            if y_desc is not None:
+                value = epilogue(
+                    parts[part],
+                    bias_ptr,
+                    residual_base,
+                    preactivation_base,
+                    residual_strides,
+                    preactivation_strides,
+                    bias_stride,
+                    rows,
+                    cols,
+                    m,
+                    n,
+                    ACTIVATION,
+                    WIDE,
+                )
+                y_desc.store([tile_m * BLOCK_M, left], value.to(y_desc.dtype))
+            else:
+                store_epilogue(
+                    parts[part],
+                    bias_ptr,
+                    residual_base,
+                    y_ptr + loop_offset(index, sizes, y_strides),
+                    preactivation_base,
+                    residual_strides,
+                    y_strides,
+                    preactivation_strides,
+                    bias_stride,
+                    rows,
+                    cols,
+                    m,
+                    n,
+                    ACTIVATION,
+                    WIDE,
+                )
 
 
 @triton.jit
@@ -184,8 +172,26 @@ def stacked(view, strides, sizes, rows, cols, shared):
 
 
 def launches(
-    a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, activation, tf32, meta, plain, forced
+    a,
+    b,
+    bias,
+    residual,
+    y,
+    preactivation,
+    sizes,
+    batch,
+    m,
+    n,
+    k,
+    strides,
+    activation,
+    tf32,
+    meta,
+    plain,
+    forced,
+    stored,
 ):
+    """stored: whether the result leaves through a descriptor too, where that can serve (None: yes)."""
     kind, arch = architecture()
     hardware = kind == "cuda" and arch in (90, 100, 103, 120)
     if not (hardware or (forced and kind == "interpreter")) or k == 0:
@@ -231,6 +237,12 @@ def launches(
     bm, bn, bk = meta["BLOCK_M"], meta["BLOCK_N"], meta["BLOCK_K"]
     a_desc = Descriptor(a_base, (a_rows, m if a_t else k), (a_step, 1), (bk, bm) if a_t else (bm, bk))
     b_desc = Descriptor(b_base, (b_rows, k if b_t else n), (b_step, 1), (bn, bk) if b_t else (bk, bn))
+    halves = bm * bn >= 128 * 256
+    y_desc = None
+    if batch == 1 and stored is not False:
+        how = stacked(y, strides[3], sizes, m, n, True)
+        if how is not None and not how[0]:
+            y_desc = Descriptor(y, (m, n), (how[1], 1), (bm, bn // 2 if halves else bn))
     tiles = batch * triton.cdiv(m, bm) * triton.cdiv(n, bn)
     programs = min(tiles, units(a.device))
     _, _, residual_strides, y_strides, preactivation_strides = strides
@@ -242,6 +254,7 @@ def launches(
         (
             a_desc,
             b_desc,
+            y_desc,
             bias,
             residual,
             y,
@@ -265,7 +278,7 @@ def launches(
             "A_TRANSPOSED": a_t,
             "B_TRANSPOSED": b_t,
             "PROGRAMS": programs,
-            "HALVES": bm * bn >= 128 * 256,
+            "HALVES": halves,
             **options,
         },
         fallback=tuple(plain),

@@ -17,7 +17,21 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch, Scratch
-from ._layout import loops, next_power, override, product, refuse_dtypes, refuse_loops, wide
+from ._layout import (
+    cheapest,
+    chunk_candidates,
+    loops,
+    next_power,
+    override,
+    product,
+    refuse_dtypes,
+    refuse_loops,
+    row_candidates,
+    row_problem,
+    units,
+    whole_row,
+    wide,
+)
 from ._tiles import loop_offset, sum_partials_kernel
 
 WHOLE_ROW = 32768  # widest row kept in registers forward
@@ -394,6 +408,34 @@ def supports(x, views):
     return refuse_dtypes({"x": x, **views}) or refuse_loops(rowwise, [1] * len(rowwise))
 
 
+def forward_problem(x):
+    return row_problem(x, whole_row(x.shape[-1], WHOLE_ROW, CHUNK))
+
+
+def forward_candidates(problem, device):
+    return row_candidates(problem, 4096, 32) if problem["whole"] else chunk_candidates()
+
+
+def backward_problem(x):
+    return row_problem(x, x.shape[-1] <= WHOLE_ROW_BACKWARD)
+
+
+def backward_candidates(problem, device):
+    """Fewer parts mean fewer bytes of partial sums, but also fewer rows in flight."""
+    if not problem["whole"]:
+        return cheapest(
+            (cost + 0.001 * abs(parts - 16), {**config, "PARTS": parts, "BLOCK_R": rows, "BLOCK_C": columns})
+            for cost, config in chunk_candidates()[:3]
+            for parts, rows, columns in ((16, 16, 128), (32, 16, 128), (16, 8, 256))
+        )
+    sms = units(device)
+    return cheapest(
+        (cost + 0.02 * i, {**config, "PARTS": parts})
+        for cost, config in row_candidates(problem, 4096, 16)
+        for i, parts in enumerate((2 * sms, 4 * sms, sms))
+    )
+
+
 def forward(center, x, weight, bias, residual, y, sum, eps, weight_offset, config):
     n = x.shape[-1]
     if y.numel() == 0:
@@ -407,7 +449,7 @@ def forward(center, x, weight, bias, residual, y, sum, eps, weight_offset, confi
     bias_stride = bias.strides[0] if bias is not None else 0
     args = (x, residual, weight, bias, y, sum, *strides, weight_stride, bias_stride, sizes)
     is_wide = wide((n, weight_stride), (n, bias_stride), *((n, s[3]) for s in strides))
-    if (n <= WHOLE_ROW and next_power(n) * 3 <= n * 5) or n <= CHUNK:
+    if whole_row(n, WHOLE_ROW, CHUNK):
         meta = override(_tile(n, 1024, 4096), config)
         return [
             Launch(

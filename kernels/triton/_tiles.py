@@ -82,14 +82,12 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def store_epilogue(
+def epilogue(
     acc,
     bias_ptr,
     residual_base,
-    y_base,
     preactivation_base,
     residual_strides,
-    y_strides,
     preactivation_strides,
     bias_stride,
     rows,
@@ -99,7 +97,7 @@ def store_epilogue(
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Bias, preactivation, activation, residual, store. The bases point at the matrix of the batch."""
+    """acc with bias, activation and residual; stores the preactivation. The bases point at the matrix of the batch."""
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     row_at = rows.to(tl.int64) if WIDE else rows
     col_at = cols.to(tl.int64) if WIDE else cols
@@ -120,10 +118,49 @@ def store_epilogue(
             mask=mask,
             other=0.0,
         ).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def store_epilogue(
+    acc,
+    bias_ptr,
+    residual_base,
+    y_base,
+    preactivation_base,
+    residual_strides,
+    y_strides,
+    preactivation_strides,
+    bias_stride,
+    rows,
+    cols,
+    m,
+    n,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`epilogue`, and the result stored."""
+    acc = epilogue(
+        acc,
+        bias_ptr,
+        residual_base,
+        preactivation_base,
+        residual_strides,
+        preactivation_strides,
+        bias_stride,
+        rows,
+        cols,
+        m,
+        n,
+        ACTIVATION,
+        WIDE,
+    )
+    row_at = rows.to(tl.int64) if WIDE else rows
+    col_at = cols.to(tl.int64) if WIDE else cols
     tl.store(
         y_base + row_at[:, None] * y_strides[3] + col_at[None, :] * y_strides[4],
         acc.to(y_base.dtype.element_ty),
-        mask=mask,
+        mask=(rows < m)[:, None] & (cols < n)[None, :],
     )
 
 

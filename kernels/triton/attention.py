@@ -21,18 +21,21 @@ from ._attention import (
     LOG2E,
     Options,
     add_nonfinite,
+    attention_problem,
     block_d,
     finite_part,
     kept,
     key_range,
     lookup,
     refuse,
+    rich,
     scores,
     spans_wide,
+    tile_cost,
     walk,
 )
 from ._launch import Descriptor, Launch, Scratch
-from ._layout import architecture, next_power, override, product, read_config, refuse_loops, units
+from ._layout import architecture, cheapest, next_power, override, product, read_config, refuse_loops, units
 from ._tiles import loop_offset
 
 
@@ -648,6 +651,40 @@ def supports(
     return reason or refuse_loops([query, key, value, attn_mask, seqlens_k, out, lse], [3, 3, 3, 3, 0, 3, 2])
 
 
+def problem(query, key=None, value=None, attn_mask=None, alibi_slopes=None, **others):
+    found = attention_problem(query, key, value, attn_mask, alibi_slopes, others)
+    return {**found, "packed": query.shape[-2] * (query.shape[-3] // key.shape[-3]) <= PACK_ROWS}
+
+
+def candidates(problem, device):
+    """[(modelled cost, config), ...] for `isotile tune`, least first."""
+    sms, item = units(device), 4 if problem["dtype"] == "float32" else 2
+    dtype, d = getattr(torch, problem["dtype"]), problem["d"]
+    found = []
+    if problem["packed"]:
+        block_n, warps, stages = lookup(PACKED, dtype, d)
+        for splits in (1, 2, 4, 8, 16, 32, 64):
+            if splits > 1 and problem["keys"] // splits < 256:
+                break
+            # bytes are the same for all; too few programs leave bandwidth unused, each part costs a merge
+            cost = max(1.0, 2 * sms / (problem["programs"] * splits)) + 0.02 * splits
+            for n, w in ((block_n, warps), (block_n // 2, warps), (2 * block_n, warps), (block_n, 2 * warps)):
+                worse = 1.0 + 0.01 * (n != block_n) + 0.01 * (w != warps)
+                found.append(
+                    (cost * worse, {"BLOCK_N": max(n, 16), "num_warps": w, "num_stages": stages, "SPLITS": splits})
+                )
+        return cheapest(found)
+    own = lookup(TILES, dtype, d)
+    for m, n, w in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4)):
+        for stages in (2, 3, 4):
+            if item * d * (m + 2 * n * stages) > 232448 or m * d > 128 * 64 * w:
+                continue
+            cost = tile_cost(problem, m, n, sms) * (1.0 if stages >= 3 else 1.04)
+            cost *= 0.999 if (m, n, w, stages) == own else 1.0  # ties go to the family's own choice
+            found.append((cost, {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": stages}))
+    return cheapest(found)
+
+
 def prepare(
     query,
     key,
@@ -688,7 +725,7 @@ def prepare(
         block_m = min(next_power(sq * group, 16), 64 if widest <= 256 else 16)
     else:
         block_m, block_n, warps, stages = lookup(TILES, query.dtype, widest)
-    if options.dropout or options.softcap > 0 or attn_mask is not None or alibi_slopes is not None:
+    if rich(dropout_p, softcap, attn_mask, alibi_slopes):
         block_n = max(block_n // 2, 16)  # more live values a score: halve the tile rather than spill
     meta = override(
         {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, "SPLITS": 0}, config

@@ -21,6 +21,7 @@ from ._attention import (
     LOG2E,
     Options,
     add_nonfinite,
+    attention_problem,
     block_d,
     finite_part,
     kept,
@@ -28,12 +29,14 @@ from ._attention import (
     lookup,
     query_range,
     refuse,
+    rich,
     scores,
     spans_wide,
+    tile_cost,
     walk,
 )
 from ._launch import Launch, Scratch
-from ._layout import architecture, next_power, override, product, read_config, refuse_loops
+from ._layout import architecture, cheapest, next_power, override, product, read_config, refuse_loops, units
 from ._tiles import loop_offset, sum_partials_kernel
 
 
@@ -1117,6 +1120,29 @@ def _walked(
     )
 
 
+def problem(query, key, value, attn_mask=None, alibi_slopes=None, **others):
+    return attention_problem(query, key, value, attn_mask, alibi_slopes, others)
+
+
+def candidates(problem, device):
+    """[(modelled cost, config), ...] for `isotile tune`, least first: the same tile turned for the two kernels."""
+    sms, d = units(device), problem["d"]
+    turned = {**problem, "queries": problem["keys"], "keys": problem["queries"]}
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    found = []
+    tiles = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (128, 32, 8), (128, 32, 4), (64, 64, 4), (64, 32, 4))
+    for wide, narrow, warps in (*tiles, (64, 32, 8), (32, 32, 8), (32, 16, 8), (32, 16, 4)):
+        if 2 * wide * d > 128 * 128 * warps / 4:
+            continue  # two accumulators of wide x d: more than 128 registers a thread
+        for stages in (2, 3, 1):
+            cost = tile_cost(turned, wide, narrow, sms) + tile_cost(problem, wide, narrow, sms)
+            cost *= {1: 1.2, 2: 1.0, 3: 1.01}[stages]
+            by_key = dict(zip(names, (narrow, wide, warps, stages), strict=True))
+            by_query = dict(zip(names, (wide, narrow, warps, stages), strict=True))
+            found.append((cost, {"key": by_key, "query": by_query}))
+    return cheapest(found)
+
+
 def prepare(
     grad_out,
     grad_lse=None,
@@ -1191,7 +1217,7 @@ def prepare(
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     key_tile = dict(zip(names, lookup(KEY_TILES, query.dtype, widest), strict=True))
     query_tile = dict(zip(names, lookup(QUERY_TILES, query.dtype, widest), strict=True))
-    if options.dropout or options.softcap > 0 or attn_mask is not None or alibi_slopes is not None:
+    if rich(dropout_p, softcap, attn_mask, alibi_slopes):
         # more live values a score: halve the tiles rather than spill
         key_tile["BLOCK_M"] = max(key_tile["BLOCK_M"] // 2, 16)
         query_tile["BLOCK_N"] = max(query_tile["BLOCK_N"] // 2, 16)

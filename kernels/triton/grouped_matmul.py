@@ -10,6 +10,13 @@ def supports(a, b=None, offsets=None, y=None, *, allow_tf32=False):
     return refuse_dtypes({"a": a, "b": b, "y": y})
 
 
+def problem(a, b, offsets=None, y=None, *, allow_tf32=False):
+    return _grouped.problem(a.shape[0], b.shape[0], b.shape[2], a.shape[1], a.dtype, allow_tf32)
+
+
+candidates = _grouped.candidates
+
+
 def prepare(a, b, offsets, y, *, allow_tf32=False, config=None):
     if y.numel() == 0:
         return []

@@ -10,6 +10,13 @@ def supports(grad, a=None, b=None, offsets=None, grad_a=None, grad_b=None, *, al
     return refuse_dtypes({"grad": grad, "a": a, "b": b, "grad_a": grad_a, "grad_b": grad_b})
 
 
+def problem(grad, a=None, b=None, offsets=None, grad_a=None, grad_b=None, *, allow_tf32=False):
+    return _grouped.problem(grad.shape[0], b.shape[0], b.shape[2], b.shape[1], grad.dtype, allow_tf32)
+
+
+candidates = _grouped.candidates
+
+
 def prepare(grad, a, b, offsets, grad_a=None, grad_b=None, *, allow_tf32=False, config=None):
     launches = []
     if grad_a is not None and grad_a.numel():

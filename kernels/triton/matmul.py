@@ -20,6 +20,8 @@ from ._launch import Launch, Scratch
 from ._layout import (
     MAX_GRID,
     architecture,
+    cheapest,
+    dtype_name,
     loops,
     merge_loops,
     next_power,
@@ -256,6 +258,22 @@ def family():
     return {80: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "consumer")
 
 
+def splits_worth(batch, m, n, k, bm, bn, bk, sms):
+    grid = batch * triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    depth = triton.cdiv(k, bk)
+    return [s for s in (1, 2, 4, 8, 16) if s == 1 or (grid * s <= 2 * sms and depth // s >= 8)]
+
+
+def cycles(batch, m, n, k, bm, bn, bk, split, share, sms):
+    """Modelled time: 2048 multiply-adds a cycle on the matrix units of each of sms, a start and end of each tile, and
+    for a split the launch and the bytes (16 a cycle) of the second kernel."""
+    waves = triton.cdiv(batch * triton.cdiv(m, bm) * triton.cdiv(n, bn) * split, sms)
+    time = waves * (bm * bn * bk * triton.cdiv(triton.cdiv(k, bk), split) / (2048 * share) + 2500)
+    if split > 1:
+        time += 5000 + 8.0 * batch * m * n * split / min(sms, batch * m * n // 2048 + 1) / 16
+    return time
+
+
 def choose(batch, m, n, k, dtype, tf32, sms, invariant=False, loaded=False):
     """The configuration with the least modelled time: waves of tiles, or waves of k slices where tiles are few.
 
@@ -298,17 +316,8 @@ def choose(batch, m, n, k, dtype, tf32, sms, invariant=False, loaded=False):
     for bm, bn, bk, warps, stages, share in tiles:
         if (bm > 64 and bm >= 2 * next_power(m)) or (bn > 64 and bn >= 2 * next_power(n)):
             continue
-        grid = batch * triton.cdiv(m, bm) * triton.cdiv(n, bn)
-        depth = triton.cdiv(k, bk)
-        for split in (1, 2, 4, 8, 16):
-            if split > 1 and (grid * split > 2 * sms or depth // split < 8):
-                break
-            # cycles: 2048 multiply-adds each on the matrix units, a start and end of each tile, and for a split the
-            # launch and the bytes (16 a cycle) of the second kernel
-            waves = triton.cdiv(grid * split, sms)
-            time = waves * (bm * bn * bk * triton.cdiv(depth, split) / (2048 * share) + 2500)
-            if split > 1:
-                time += 5000 + 8.0 * batch * m * n * split / min(sms, batch * m * n // 2048 + 1) / 16
+        for split in splits_worth(batch, m, n, k, bm, bn, bk, sms):
+            time = cycles(batch, m, n, k, bm, bn, bk, split, share, sms)
             if best is None or time < best[0]:
                 best = (time, bm, bn, bk, warps, stages, split)
     _, bm, bn, bk, warps, stages, split = best
@@ -352,20 +361,77 @@ def fold(a, b, residual, y, preactivation):
     return sizes, m, strides
 
 
+def problem(a, b, bias=None, residual=None, y=None, preactivation=None, *, activation=0, allow_tf32=False):
+    """What a tuned configuration depends on: words and truths must be equal, numbers near."""
+    sizes, m, _ = fold(a, b, residual, y, preactivation)
+    return {
+        "dtype": dtype_name(a.dtype),
+        "tf32": bool(allow_tf32),
+        "loaded": int(activation) != 0 or residual is not None or preactivation is not None,
+        "batch": product(sizes),
+        "m": m,
+        "n": y.shape[-1],
+        "k": a.shape[-1],
+    }
+
+
+def candidates(problem, device):
+    """[(modelled cycles, config), ...] for `isotile tune`, least first: the family's tiles, at other depths too."""
+    batch, m, n, k = (problem[name] for name in ("batch", "m", "n", "k"))
+    sms = units(device)
+    exact = problem["dtype"] == "float32" and not problem["tf32"]
+    half = 2 if problem["dtype"] == "float32" and problem["tf32"] else 1
+    found = []
+    if m <= 32 and not exact:
+        # every candidate reads b once; what differs is how evenly the slices fill the multiprocessors
+        for bn, bk, warps, stages in (
+            (32, 128, 4, 4),
+            (32, 256, 4, 4),
+            (64, 128, 4, 4),
+            (64, 64, 4, 5),
+            (128, 64, 4, 4),
+        ):
+            grid, depth = batch * triton.cdiv(n, bn), triton.cdiv(k, bk // half)
+            for split in (1, 2, 4, 8, 16):
+                if depth // split < 2:
+                    break
+                each = triton.cdiv(depth, split) * bn * bk
+                waves = grid * split / (2 * sms)
+                time = max(waves, 1.0) * each + (8.0 * batch * m * n * split + 2000 * sms) / sms * (split > 1)
+                config = {"BLOCK_M": next_power(m, 16), "BLOCK_N": bn, "BLOCK_K": bk // half, "SPLIT_K": split}
+                found.append((time, {**config, "num_warps": warps, "num_stages": stages}))
+        return cheapest(found)
+    for bm, bn, bk, warps, stages, share in TILES["float32" if exact else family()]:
+        bk = max(bk // half, 16)
+        for split in splits_worth(batch, m, n, k, bm, bn, bk, sms):
+            time = cycles(batch, m, n, k, bm, bn, bk, split, share, sms)
+            for depth in (stages, stages - 1, stages + 1):
+                for group in (8, 16):
+                    config = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "GROUP_M": group, "SPLIT_K": split}
+                    # ties stay in the order of the family's own choice
+                    worse = 1.0 + 0.01 * (depth != stages) + 0.005 * (group != 8)
+                    config = {**config, "num_warps": warps, "num_stages": depth}
+                    found.append((time * worse, config))
+                    if split == 1 and depth == stages and group == 8:
+                        found.append((time * 1.02, {**config, "stored": False}))
+    return cheapest(found)
+
+
 def supports(a, b, bias=None, residual=None, y=None, preactivation=None, *, activation=0, allow_tf32=False):
     views = {"a": a, "b": b, "bias": bias, "residual": residual, "y": y, "preactivation": preactivation}
     return refuse_dtypes(views) or refuse_loops([a, b, residual, y, preactivation], [2] * 5)
 
 
 def prepare(a, b, bias=None, residual=None, y=None, preactivation=None, *, activation=0, allow_tf32=False, config=None):
-    """config: numbers of the tile; "batch_invariant" asks for one tile shape and no split whatever the size."""
+    """config: numbers of the tile, "stored" (through a descriptor or not); "batch_invariant" asks for one tile shape
+    and no split whatever the size."""
     if y.numel() == 0:
         return []
     n, k = y.shape[-1], a.shape[-1]
     sizes, m, strides = fold(a, b, residual, y, preactivation)
     batch = product(sizes)
     config, invariant = read_config(config)
-    forced = config.pop("descriptors", None)
+    forced, stored = config.pop("descriptors", None), config.pop("stored", None)
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
     loaded = int(activation) != 0 or residual is not None or preactivation is not None
     meta = override(choose(batch, m, n, k, a.dtype, tf32, units(a.device), invariant, loaded), config)
@@ -393,6 +459,7 @@ def prepare(a, b, bias=None, residual=None, y=None, preactivation=None, *, activ
             meta,
             plain,
             forced,
+            stored,
         )
         or plain
     )

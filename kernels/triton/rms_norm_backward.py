@@ -9,6 +9,13 @@ def supports(grad, grad_sum=None, x=None, weight=None, grad_x=None, grad_weight=
     )
 
 
+def problem(x, **others):
+    return _norm.backward_problem(x)
+
+
+candidates = _norm.backward_candidates
+
+
 def prepare(
     grad, grad_sum=None, x=None, weight=None, grad_x=None, grad_weight=None, *, eps=1e-6, weight_offset=0.0, config=None
 ):

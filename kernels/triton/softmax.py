@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch
-from ._layout import loops, next_power, override, product, refuse_dtypes, refuse_loops, wide
+from ._layout import (
+    chunk_candidates,
+    loops,
+    next_power,
+    override,
+    product,
+    refuse_dtypes,
+    refuse_loops,
+    row_candidates,
+    row_problem,
+    whole_row,
+    wide,
+)
 from ._tiles import loop_offset
 
 WHOLE_ROW = 32768
@@ -69,6 +81,14 @@ def supports(x, y=None):
     return refuse_dtypes({"x": x, "y": y}) or refuse_loops([x, y], [1, 1])
 
 
+def problem(x, y=None):
+    return row_problem(x, whole_row(x.shape[-1], WHOLE_ROW, CHUNK))
+
+
+def candidates(problem, device):
+    return row_candidates(problem, 4096, 32) if problem["whole"] else chunk_candidates()
+
+
 def prepare(x, y, *, config=None):
     n = x.shape[-1]
     if x.numel() == 0:
@@ -77,7 +97,7 @@ def prepare(x, y, *, config=None):
     strides = [(*s, v.strides[-1]) for s, v in zip(strides, [x, y], strict=True)]
     rows = product(sizes)
     is_wide = wide(*((n, s[3]) for s in strides))
-    if (n <= WHOLE_ROW and next_power(n) * 3 <= n * 5) or n <= CHUNK:
+    if whole_row(n, WHOLE_ROW, CHUNK):
         block_n = next_power(n, 16)
         tile = max(1, min(4096 // block_n, 64))
         meta = override(

@@ -7,7 +7,19 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch
-from ._layout import loops, next_power, override, product, refuse_dtypes, refuse_loops, wide
+from ._layout import (
+    chunk_candidates,
+    loops,
+    next_power,
+    override,
+    product,
+    refuse_dtypes,
+    refuse_loops,
+    row_candidates,
+    row_problem,
+    whole_row,
+    wide,
+)
 from ._tiles import loop_offset
 
 WHOLE_ROW = 16384
@@ -84,6 +96,14 @@ def supports(grad, y=None, grad_x=None):
     return refuse_dtypes({"grad": grad, "y": y, "grad_x": grad_x}) or refuse_loops([grad, y, grad_x], [1] * 3)
 
 
+def problem(grad, y=None, grad_x=None):
+    return row_problem(y, whole_row(y.shape[-1], WHOLE_ROW, CHUNK))
+
+
+def candidates(problem, device):
+    return row_candidates(problem, 2048, 32) if problem["whole"] else chunk_candidates()
+
+
 def prepare(grad, y, grad_x, *, config=None):
     n = y.shape[-1]
     if y.numel() == 0:
@@ -93,7 +113,7 @@ def prepare(grad, y, grad_x, *, config=None):
     rows = product(sizes)
     is_wide = wide(*((n, s[3]) for s in strides))
     args = (grad, y, grad_x, *strides, sizes)
-    if (n <= WHOLE_ROW and next_power(n) * 3 <= n * 5) or n <= CHUNK:
+    if whole_row(n, WHOLE_ROW, CHUNK):
         block_n = next_power(n, 16)
         tile = max(1, min(2048 // block_n, 64))
         meta = override({"ROWS": tile, "BLOCK_N": block_n, "num_warps": max(1, min(16, tile * block_n // 512))}, config)

@@ -1,4 +1,4 @@
-"""The command line: `isotile info | demo | bench | verify`."""
+"""The command line: `isotile info | demo | bench | verify | tune`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,12 @@ def verify(args: argparse.Namespace) -> int:
     return run(args.rest)
 
 
+def tune(args: argparse.Namespace) -> int:
+    from .tuning.command import main as run
+
+    return run(args.rest)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="isotile", description=isotile.__doc__)
@@ -123,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("demo", demo, "a real encoder and a small training run, isotile against PyTorch"),
         ("bench", bench, "microbenchmarks of every operator against PyTorch"),
         ("verify", verify, "numerical conformance of every backend, as a report that can be checked"),
+        ("tune", tune, "find the Triton kernels' configurations on a GPU, or model them for one"),
     ):
         if words[:1] == [name]:  # a parser of its own: argparse.REMAINDER refuses an option in front
             return run(argparse.Namespace(rest=words[1:]))

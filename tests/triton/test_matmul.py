@@ -7,7 +7,13 @@ from _run import close, poisoned, run
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (lambda z: z, F.relu, F.gelu, lambda z: F.gelu(z, approximate="tanh"), F.silu, F.sigmoid, F.tanh)
-CONFIGS = (None, {"SPLIT_K": 3}, {"descriptors": True, "SPLIT_K": 1}, {"batch_invariant": True})
+CONFIGS = (
+    None,
+    {"SPLIT_K": 3},
+    {"descriptors": True, "SPLIT_K": 1},
+    {"descriptors": True, "SPLIT_K": 1, "stored": False, "BLOCK_M": 128, "BLOCK_N": 256},
+    {"batch_invariant": True},
+)
 
 
 def operands(dtype, layout, batch, m, n, k, integers=False):
@@ -77,3 +83,14 @@ def test_padding_copy_serves_misaligned_operands():
     y = poisoned((65, 67), torch.bfloat16)
     run("matmul", {"a": a, "b": b}, {"y": y}, config={"descriptors": True})
     close(y, a.double() @ b.double(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", ("nn", "tn"))
+def test_a_tail_of_k_does_not_read_the_next_matrix(layout):
+    a, b = operands(torch.bfloat16, layout, (2,), 64, 64, 72)
+    a, b = a.clone(memory_format=torch.preserve_format), b.clone(memory_format=torch.preserve_format)
+    a[1], b[1] = float("nan"), float("nan")
+    y = poisoned((2, 64, 64))
+    run("matmul", {"a": a, "b": b}, {"y": y}, config={"descriptors": True, "SPLIT_K": 1})
+    close(y[0], a[0].double() @ b[0].double(), torch.float32)
+    assert y[1].isnan().all()

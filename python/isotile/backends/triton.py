@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import registry
+from .. import registry, tuning
 
 if TYPE_CHECKING:
     from ..dispatch import Request
@@ -51,6 +51,15 @@ def _runs_on(device_type: str) -> str | None:
     return f"runs on cuda tensors, got {device_type}"
 
 
+@functools.cache
+def device_names(index: int) -> tuple[str, ...]:
+    """The folders of a GPU's tuning tables, most particular first: its own name, then its architecture."""
+    import triton
+
+    target = triton.runtime.driver.active.get_current_target()
+    return tuning.slug(torch.cuda.get_device_name(index)), tuning.arch_name(target.backend, target.arch)
+
+
 class TritonBackend:
     name = "triton"
 
@@ -78,7 +87,7 @@ class TritonBackend:
         module = registry.kernel_module("triton", request.lowered.kernel)
         arguments = self._arguments(request)
         if request.state.batch_invariant:
-            arguments["config"] = "batch_invariant"
+            arguments["config"] = "batch_invariant"  # the tuned one would depend on the batch
         lowered = request.lowered
         views = [*lowered.tensors.values(), *lowered.outs.values()]
         names = (*request.spec.tensors, *request.spec.results)
@@ -86,6 +95,8 @@ class TritonBackend:
 
         def replay(allow_tf32: bool) -> Callable[..., None]:
             given = {**arguments, "allow_tf32": True} if allow_tf32 else arguments
+            if "config" not in given:
+                given = {**given, "config": self._tuned(request, module, given)}
             launches = module.prepare(**given)
             if interpreted():
 
@@ -96,12 +107,8 @@ class TritonBackend:
                     triton_launch.run_plain(launches, memory)
 
                 return run
-            recorded = triton_launch.Replay(launches, views, request.device)
-
-            def run_recorded(*tensors: torch.Tensor | None) -> None:
-                recorded.run([None if i is None else tensors[i] for i in order])
-
-            return run_recorded
+            run_recorded = triton_launch.Replay(launches, views, request.device, order, len(names)).run
+            return lambda *tensors: run_recorded(tensors)
 
         exact = replay(False)
         if request.dtype != torch.float32 or "allow_tf32" not in inspect.signature(module.prepare).parameters:
@@ -112,6 +119,14 @@ class TritonBackend:
             (exact if torch.get_float32_matmul_precision() == "highest" else fast())(*tensors)
 
         return run_float32
+
+    def _tuned(self, request: Request, module: Any, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The tuned configuration for a call's shapes, or None: the kernel's own choice."""
+        empty = any(v.numel() == 0 for v in (*request.lowered.tensors.values(), *request.lowered.outs.values()) if v)
+        if empty or request.device.type != "cuda" or not hasattr(module, "problem"):
+            return None
+        index = torch.cuda.current_device() if request.device.index is None else request.device.index
+        return tuning.lookup("triton", device_names(index), request.lowered.kernel, module.problem(**given))
 
     def dtypes(self, kernel: str) -> tuple[torch.dtype, ...]:
         return DTYPES if kernel in registry.kernel_names("triton") else ()

@@ -9,7 +9,9 @@ every argument each time, which costs more host time than PyTorch's whole operat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -74,34 +76,49 @@ def _host_descriptor(descriptor, base):
 class Replay:
     """A list of launches bound to an operator's tensors, to be run many times.
 
-    `views` are the objects that `prepare` saw, in the order in which `run` gets the tensors (absent ones None).
+    `views` are the objects that `prepare` saw. `run` gets `count` tensors, that of the i-th view at `positions[i]`;
+    without these, one for each view in order (absent ones None).
     """
 
-    def __init__(self, launches, views, device):
+    def __init__(self, launches, views, device, positions=None, count=None):
         self.device = torch.device(device)
         self.index = self.device.index if self.device.type == "cuda" else None
-        index = {id(view): i for i, view in enumerate(views) if view is not None}
+        places = range(len(views)) if positions is None else positions
+        count = len(views) if count is None else count
+        index = {id(view): i for view, i in zip(views, places, strict=True) if view is not None}
         self.scratch: list[tuple[tuple[int, ...], torch.dtype]] = []
 
         def slot(arg):
             if _role(arg) == "scratch" and id(arg) not in index:
-                index[id(arg)] = len(views) + len(self.scratch)
+                index[id(arg)] = count + len(self.scratch)
                 self.scratch.append((tuple(arg.shape), arg.dtype))
             return index.get(id(arg))
 
         self.steps = [_Step(launch, slot) for launch in launches]
         self.launches = launches  # views and scratch are known by identity: keep them alive
+        self.stream: Callable[[int], int] | None = None
+        self.ordinal = 0
 
     def run(self, tensors):
-        """Runs on the device's current stream. `tensors` in the order of `views`."""
-        if self.index is not None and torch.cuda.current_device() != self.index:
+        """Runs on the device's current stream."""
+        if self.index is not None and _current_device() != self.index:
             with torch.cuda.device(self.index):
                 return self.run(tensors)
         if self.scratch:
-            tensors = [*tensors, *(torch.empty(s, dtype=d, device=self.device) for s, d in self.scratch)]
+            tensors = [*tensors, *[torch.empty(s, dtype=d, device=self.device) for s, d in self.scratch]]
+        if self.stream is None:
+            from triton.runtime import driver
+
+            self.stream = driver.active.get_current_stream
+            self.ordinal = driver.active.get_current_device() if self.index is None else self.index
+        stream = self.stream(self.ordinal)
         for step in self.steps:
-            step.run(tensors)
+            step.run(tensors, stream)
         return None
+
+
+#: What torch.cuda.current_device() asks after making sure that CUDA is initialised, which a CUDA tensor proves.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 class _Step:
@@ -116,24 +133,24 @@ class _Step:
         self.pointers, self.descriptors, self.compiled = [], [], {}
         for position, arg in enumerate(launch.args):
             if _role(arg) == "descriptor":
-                self.descriptors.append((position, slot(arg.base), arg))
+                self.descriptors.append((position, slot(arg.base), _DescriptorMaker(arg)))
             elif (i := slot(arg)) is not None:
                 self.pointers.append((position, i))
         self.fallback = [_Step(other, slot) for other in launch.fallback]
 
-    def run(self, tensors):
+    def run(self, tensors, stream):
         args = self.template.copy()
         aligned = 0
         for position, i in self.pointers:
             pointer = tensors[i].data_ptr()
             aligned = aligned + aligned + (pointer & 15 == 0)
             args[position] = pointer
-        for position, i, descriptor in self.descriptors:
+        for position, i, make in self.descriptors:
             if tensors[i].data_ptr() & 15:
                 for other in self.fallback:
-                    other.run(tensors)
+                    other.run(tensors, stream)
                 return
-            args[position] = _host_descriptor(descriptor, tensors[i])
+            args[position] = make(tensors[i])
         call = self.compiled.get(aligned)
         if call is None:
             # the first launch goes through Triton's own path, which compiles; its kernel is then called directly
@@ -142,18 +159,38 @@ class _Step:
         elif call is _slow or _hooks_wanted():
             self.plain(tensors)
         else:
-            call(self.grid, args)
+            call(self.grid, stream, args)
 
     def plain(self, tensors):
         args = self.template.copy()
         for position, i in self.pointers:
             args[position] = tensors[i]
-        for position, i, descriptor in self.descriptors:
-            args[position] = _host_descriptor(descriptor, tensors[i])
+        for position, i, make in self.descriptors:
+            args[position] = make(tensors[i])
         return self.launch.kernel[self.launch.grid](*args, **_OPTIONS, **self.launch.meta)
 
 
-def _slow(grid, args):
+class _DescriptorMaker:
+    """Makes a launch's host descriptor over a tensor. What Triton checks of its shape is checked the first time."""
+
+    __slots__ = ("descriptor", "fields", "type")
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+        self.type: Any = None
+        self.fields: dict[str, Any] | None = None
+
+    def __call__(self, base):
+        if self.fields is None:
+            made = _host_descriptor(self.descriptor, base)
+            self.type, self.fields = type(made), {k: v for k, v in vars(made).items() if k != "base"}
+            return made
+        made = object.__new__(self.type)
+        made.__dict__.update(self.fields, base=base)
+        return made
+
+
+def _slow(grid, stream, args):
     raise AssertionError("the slow path has no launcher of its own")
 
 
@@ -175,31 +212,31 @@ def fast_launch_refusal() -> str | None:
     return _refusal[0]
 
 
+_runtime: list = []
+
+
 def _hooks_wanted():
     """Profilers set launch hooks; then Triton's own path, which calls them, must run."""
-    from triton import knobs
+    if not _runtime:
+        from triton import knobs
 
-    hook = knobs.runtime.launch_enter_hook
+        _runtime.append(knobs.runtime)
+    hook = _runtime[0].launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))  # an empty chain of hooks is nobody asking
 
 
 def fast_launcher(compiled, launch):
-    """A function (grid, args) that launches `compiled` on the current stream, pointers given as integers.
+    """A function (grid, stream, args) that launches `compiled`, pointers given as integers.
 
     Triton's launcher takes every parameter of the kernel in declaration order, constants included (it skips them).
     """
-    from triton.runtime import driver
-
     names = launch.kernel.arg_names
     if any(name in launch.meta for name in names[: len(launch.args)]):
         raise TypeError(f"{launch.kernel.__name__}: a positional parameter is given again by name")
     constants = [_constant(launch, name) for name in names[len(launch.args) :]]
-    active = driver.active
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    current_device, current_stream = active.get_current_device, active.get_current_stream
 
-    def call(grid, args):
-        stream = current_stream(current_device())
+    def call(grid, stream, args):
         run(grid[0], grid[1], grid[2], stream, function, packed, None, None, None, *args, *constants)
 
     return call
