@@ -46,3 +46,50 @@ def test_agrees_with_the_float64_truth(op, dtype):
 
     agrees()
     assert served >= 10
+
+
+class EveryOperator(torch.nn.Module):
+    """One layer that goes through each public operator once."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape):
+            return torch.nn.Parameter(torch.randn(shape, generator=generator) / 8)
+
+        self.gain, self.bias, self.weight, self.second = (
+            parameter(32),
+            parameter(32),
+            parameter(96, 32),
+            parameter(32, 32),
+        )
+        self.experts = parameter(2, 32, 32)
+
+    def forward(self, x):
+        y, x = isotile.layer_norm(x, 32, self.gain, self.bias, residual=x)
+        heads = isotile.linear(y, self.weight).unflatten(-1, (6, 16)).transpose(0, 1)
+        x = x + isotile.attention(*heads.split(2), is_causal=True).transpose(0, 1).flatten(-2)
+        y = isotile.matmul(
+            isotile.rms_norm(x, 32, self.gain), self.second, bias=self.bias, activation="gelu", residual=x
+        )
+        ends = torch.tensor([9, 20], dtype=torch.int32, device=x.device)
+        return isotile.softmax(isotile.grouped_matmul(y, self.experts, ends), -1)
+
+
+def test_a_module_of_every_operator_compiles_without_a_graph_break():
+    module = EveryOperator().to(DEVICE)
+    x = torch.randn(20, 32, device=DEVICE)
+    public = {name for name, spec in registry.specs().items() if not spec.internal}
+    assert public <= set(EveryOperator.forward.__code__.co_names), "an operator that this module leaves out"
+    backend = "aot_eager" if DEVICE == "cpu" else "inductor"
+    with isotile.use_backend("triton"):
+        compiled = torch.compile(module, fullgraph=True, backend=backend)
+        results = []
+        for run in (module, compiled):
+            module.zero_grad()
+            y = run(x)
+            (y * y).sum().backward()
+            results.append([y.detach(), *(p.grad.clone() for p in module.parameters())])
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager)

@@ -76,6 +76,8 @@ def test_what_was_measured_goes_before_what_was_modelled():
     table = [entry({"B": 1}, "modelled", m=64), entry({"B": 2}, "measured", m=64), entry({"B": 3}, "modelled", m=60)]
     assert tuning.nearest(table, {"m": 64})["config"] == {"B": 2}
     assert tuning.nearest(table, {"m": 60})["config"] == {"B": 3}
+    assert tuning.nearest(table, {"m": 100})["config"] == {"B": 2}
+    assert tuning.nearest(table[:1], {"m": 100}) is None, "a model serves its own shape"
 
 
 def test_the_users_tables_and_the_devices_own_go_first(tmp_path, monkeypatch):

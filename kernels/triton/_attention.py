@@ -41,14 +41,18 @@ def scores(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     WIDE: tl.constexpr,
+    BARE: tl.constexpr = False,
 ):
     """Scores in units of log 2, hidden ones -inf; the derivative of the softcap (1.0 without); what is visible.
 
     MASKED: some index rule (length, causal, window) may hide part of this tile. A mask tensor may hide in any tile.
+    BARE: there are no more than index rules, and the caller multiplies by scale * LOG2E, which is positive.
     """
     slack = 1.0
     plain: tl.constexpr = not HAS_SOFTCAP and not HAS_SLOPES and mask_base is None
-    if plain:
+    if BARE:
+        s = raw
+    elif plain:
         s = raw * (scale * LOG2E)
     else:
         s = raw * scale

@@ -1,5 +1,7 @@
 """Host side of the kernels: merging loop dimensions, checks that all kernels share, and where they will run."""
 
+import math
+
 import torch
 
 import triton
@@ -147,17 +149,19 @@ def row_problem(x, whole):
     return {"dtype": dtype_name(x.dtype), "whole": whole, "rows": x.numel() // max(n, 1), "n": n}
 
 
-def row_candidates(problem, elements, limit):
-    """Configurations of a kernel of whole rows: tiles of about `elements`, warps for 8 to 64 elements a thread."""
+def row_candidates(problem, elements, own, limit):
+    """Configurations of a kernel of whole rows: tiles of about `elements`, `own` of them a thread, and others near.
+
+    All move the same bytes, so that a model cannot tell them apart: the kernel's own choice goes first.
+    """
     block_n = next_power(problem["n"], 16)
     found = []
     for size in (elements, 2 * elements, elements // 2):
         rows = max(1, min(size // block_n, 64))
-        for each in (16, 32, 8, 64):
+        for each in (8, 16, 32, 64):
             warps = rows * block_n // (32 * each)
             if 1 <= warps <= limit and warps & (warps - 1) == 0:
-                # all move the same bytes: more in flight is better, registers for 64 elements are the most
-                cost = 1.0 + 0.01 * (size != elements) + 0.01 * abs(each - 16) / 16
+                cost = 1.0 + 0.02 * (size != elements) + 0.01 * abs(math.log2(each / own))
                 found.append((cost, {"ROWS": rows, "num_warps": warps}))
     return cheapest(found)
 

@@ -413,7 +413,7 @@ def forward_problem(x):
 
 
 def forward_candidates(problem, device):
-    return row_candidates(problem, 4096, 32) if problem["whole"] else chunk_candidates()
+    return row_candidates(problem, 4096, 32, 32) if problem["whole"] else chunk_candidates()
 
 
 def backward_problem(x):
@@ -431,8 +431,8 @@ def backward_candidates(problem, device):
     sms = units(device)
     return cheapest(
         (cost + 0.02 * i, {**config, "PARTS": parts})
-        for cost, config in row_candidates(problem, 4096, 16)
-        for i, parts in enumerate((2 * sms, 4 * sms, sms))
+        for cost, config in row_candidates(problem, 4096, 8, 16)
+        for i, parts in enumerate((4 * sms, 2 * sms, sms) if problem["n"] <= 4096 else (2 * sms, 4 * sms, sms))
     )
 
 

@@ -82,6 +82,7 @@ def _attend(
     HAS_SLOPES: tl.constexpr,
     DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    BARE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
@@ -126,13 +127,20 @@ def _attend(
             HAS_SOFTCAP,
             HAS_SLOPES,
             WIDE,
+            BARE,
         )
-        higher = tl.maximum(top, tl.max(s, axis=1))
+        if BARE:
+            higher = tl.maximum(top, tl.max(s, axis=1) * (scale * LOG2E))
+        else:
+            higher = tl.maximum(top, tl.max(s, axis=1))
         if MASKED or mask_base is not None:
             base = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet: -inf - -inf would be NaN
         else:
             base = higher
-        p = tl.exp2(s - base[:, None])
+        if BARE:
+            p = tl.exp2(s * (scale * LOG2E) - base[:, None])  # one multiply-add for each score
+        else:
+            p = tl.exp2(s - base[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, axis=1)
         acc = acc * decay[:, None]
@@ -203,6 +211,7 @@ def attention_forward_kernel(
     PACK: tl.constexpr,
     SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    BARE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
@@ -325,6 +334,7 @@ def attention_forward_kernel(
             HAS_SLOPES,
             DROPOUT,
             DESCRIPTORS,
+            BARE,
             PRECISION,
             EVEN_D,
             EVEN_V,
@@ -375,6 +385,7 @@ def attention_forward_kernel(
         HAS_SLOPES,
         DROPOUT,
         DESCRIPTORS,
+        BARE,
         PRECISION,
         EVEN_D,
         EVEN_V,
@@ -426,6 +437,7 @@ def attention_forward_kernel(
             HAS_SLOPES,
             DROPOUT,
             DESCRIPTORS,
+            BARE,
             PRECISION,
             EVEN_D,
             EVEN_V,
@@ -481,6 +493,7 @@ def attention_forward_kernel(
                 HAS_SLOPES,
                 DROPOUT,
                 DESCRIPTORS,
+                BARE,
                 PRECISION,
                 EVEN_D,
                 EVEN_V,
@@ -765,6 +778,7 @@ def prepare(
         "HIDES": hides,
         "PACK": pack,
         "SPLIT": splits > 1,
+        "BARE": not rich(0.0, options.softcap, attn_mask, alibi_slopes) and options.scale > 0,
         "PRECISION": "tf32" if tf32 else "ieee",
         "EVEN_D": d == block_d(d),
         "EVEN_V": dv == block_d(dv),

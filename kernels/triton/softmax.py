@@ -86,7 +86,7 @@ def problem(x, y=None):
 
 
 def candidates(problem, device):
-    return row_candidates(problem, 4096, 32) if problem["whole"] else chunk_candidates()
+    return row_candidates(problem, 4096, 32, 32) if problem["whole"] else chunk_candidates()
 
 
 def prepare(x, y, *, config=None):

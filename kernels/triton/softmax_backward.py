@@ -101,7 +101,7 @@ def problem(grad, y=None, grad_x=None):
 
 
 def candidates(problem, device):
-    return row_candidates(problem, 2048, 32) if problem["whole"] else chunk_candidates()
+    return row_candidates(problem, 2048, 16, 32) if problem["whole"] else chunk_candidates()
 
 
 def prepare(grad, y, grad_x, *, config=None):

@@ -6,7 +6,7 @@ operations and the compiler's own report that no device has confirmed.
 
 A lookup tries the user's tables (`isotile tune` writes them under `env.cache_dir()`), then the package's; in each the
 device by its own name, then by its architecture. An entry serves if its words and truths equal the problem's and its
-numbers are within `REACH` doublings in all. Without one the kernel's own default stands.
+numbers are within its `REACH` in doublings. Without one the kernel's own default stands.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from .. import env
 Problem = Mapping[str, Any]
 Config = dict[str, Any]
 SOURCES = ("measured", "modelled")
-#: The farthest entry that may serve: so many doublings between the numbers of two problems, summed.
-REACH = 2.0
+#: The farthest entry that may serve: so many doublings between the numbers of two problems, summed. A kernel's own
+#: choice is the model at the very shape, so that a modelled entry serves no other.
+REACH = {"measured": 2.0, "modelled": 0.25}
 
 
 class BadTable(ValueError):
@@ -109,7 +110,7 @@ def nearest(found: Sequence[dict[str, Any]], problem: Problem) -> dict[str, Any]
     best: tuple[float, int, dict[str, Any]] | None = None
     for entry in found:
         away = distance(entry["problem"], problem)
-        if away is None or away > REACH:
+        if away is None or away > REACH[entry["source"]]:
             continue
         rank = (away, SOURCES.index(entry["source"]))
         if best is None or rank < best[:2]:
