@@ -64,7 +64,7 @@ def bench(*names: str) -> tuple[str, ...]:
 
 
 def interpreted(op: str, dtype: str = "float32") -> tuple[str, ...]:
-    return (f"tests/test_triton.py::test_agrees_with_the_float64_truth[{dtype}-{op}]",)
+    return (f"tests/test_triton.py::test_agrees_with_the_float64_truth[{op}-{dtype}]",)
 
 
 def kernels(name: str, chosen: str) -> tuple[str, ...]:
@@ -598,7 +598,7 @@ TRITON = [
         "    for part in range(SPLIT_K):",
         "    for part in range(1, SPLIT_K):",
         "only split products pass here",
-        kernels("matmul", "exact and float32 and nn"),
+        kernels("matmul", "exact and dtype0 and nn"),
         env=tuple(INTERPRET.items()),
     ),
     Mutant(
@@ -616,7 +616,7 @@ TRITON = [
         "        square += drift * drift * weight",
         "        square += drift * drift",
         "Welford's merge: lanes that agree hide it, and so do rows of one chunk",
-        kernels("norms", "layer_norm and 9001 and float32 or layer_norm and 5000 and float32"),
+        kernels("norms", "norm_matches and layer_norm and dtype0"),
         env=tuple(INTERPRET.items()),
     ),
     Mutant(
