@@ -648,6 +648,22 @@ TRITON = [
 
 NKI = [
     Mutant(
+        "nki_sums_past_24_bits",
+        "kernels/nki/quantized_linear.py",
+        "EXACT = 1024  #",
+        "EXACT = 8192  #",
+        "integers in float32 look exact until they are large",
+        ("tests/nki/test_quantized_linear.py::test_integer_sums_are_exact_beyond_24_bits",),
+    ),
+    Mutant(
+        "nki_quotient_of_a_reciprocal",
+        "kernels/nki/quantized_linear.py",
+        "    for _ in range(2):\n        q_high",
+        "    for _ in range(0):\n        q_high",
+        "a / b is not a * (1 / b)",
+        ("tests/nki/test_quantized_linear.py::test_rows_are_quantised_to_the_same_bits",),
+    ),
+    Mutant(
         "nki_mean_square",
         "kernels/nki/_norm.py",
         "dst=mean_square, data=total, op0=nl.multiply, operand0=1.0 / n)",

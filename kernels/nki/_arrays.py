@@ -68,6 +68,19 @@ def as_words(seed):
     return fresh.view(seed.int().dtype if hasattr(seed, "int") else np.int32).reshape(1, 2)
 
 
+def viewed(x, dtype):
+    """The same bytes as another dtype of the same size."""
+    if hasattr(x, "contiguous"):
+        import torch
+
+        return x.view(getattr(torch, dtype))
+    return x.view(np.dtype(dtype))  # ml_dtypes registers the names of float8
+
+
+def as_float32(x):
+    return x.float() if hasattr(x, "float") else x.astype(np.float32)
+
+
 def as_int32(x):
     return x.int() if hasattr(x, "int") else x.astype(np.int32)
 
