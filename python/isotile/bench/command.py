@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..backends import BACKENDS
 from ..spec import FLOATS
 from ..testing.recipes import dtype_name
-from . import machine, money, table, timing, traces
+from . import gpu_suite, machine, money, table, timing, traces
 from .contenders import Contender
 from .modelled import ours
 from .peers import RIVALS, OnnxRuntime
@@ -54,7 +54,11 @@ def add_options(made: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="names or glob patterns, or a recording (.json); default: those tagged bench",
     )
-    made.add_argument("--suite", choices=tuple(SUITES), help="a fixed set of rows instead of the specs' cases")
+    made.add_argument(
+        "--suite",
+        choices=(*SUITES, *gpu_suite.SUITES),
+        help="a fixed set of rows instead of the specs' cases; h100 has options of its own: --suite h100 --help",
+    )
     made.add_argument("--backends", metavar="NAMES", help="default: all that run on this device without emulation")
     made.add_argument(
         "--against", metavar="NAMES", help=f"rivals among {', '.join(RIVALS)}; none; all that are installed. "
@@ -133,7 +137,10 @@ def _workloads(args: argparse.Namespace, dtypes: list[torch.dtype] | None) -> li
 def run(argv: Sequence[str]) -> int:
     """Runs the benchmarks. Returns 0, 1 if anything was wrong or failed, 130 if interrupted."""
     made = parser()
-    return start(made.parse_args(argv), made, list(argv))
+    args = made.parse_args(argv)
+    if args.suite in gpu_suite.SUITES:
+        return gpu_suite.run(argv)
+    return start(args, made, list(argv))
 
 
 def start(args: argparse.Namespace, made: argparse.ArgumentParser, argv: list[str]) -> int:
