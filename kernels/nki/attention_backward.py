@@ -64,29 +64,25 @@ def _contractions(src, k0, k1):
     return tiles
 
 
-def _add_product(held, left, right, guarded):
-    """held += left^T right; guarded: zeros of left meet only finite values of right."""
+def _add_guarded(held, left, parts):
+    """held += left^T right, where zeros of left meet only finite values: parts is finite_part(right)."""
+    clean, plus, minus = parts
     bank = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
-    if guarded:
-        clean, plus, minus = finite_part(right)
-        nisa.nc_matmul(dst=bank, stationary=left, moving=clean)
-        plus_psum = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
-        minus_psum = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
-        # The sign of left decides the sign of its infinity: positive and negative parts go separately.
-        up = nl.ndarray(left.shape, left.dtype, buffer=nl.sbuf)
-        down = nl.ndarray(left.shape, left.dtype, buffer=nl.sbuf)
-        nisa.tensor_scalar(dst=up, data=left, op0=nl.greater, operand0=0.0)
-        nisa.tensor_scalar(dst=down, data=left, op0=nl.less, operand0=0.0)
-        nisa.nc_matmul(dst=plus_psum, stationary=up, moving=plus)
-        nisa.nc_matmul(dst=plus_psum, stationary=down, moving=minus)
-        nisa.nc_matmul(dst=minus_psum, stationary=up, moving=minus)
-        nisa.nc_matmul(dst=minus_psum, stationary=down, moving=plus)
-        nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
-        _add_infinities(held, plus_psum, nl.add)
-        _add_infinities(held, minus_psum, nl.subtract)
-    else:
-        nisa.nc_matmul(dst=bank, stationary=left, moving=right)
-        nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
+    nisa.nc_matmul(dst=bank, stationary=left, moving=clean)
+    plus_psum = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
+    minus_psum = nl.ndarray(held.shape, nl.float32, buffer=nl.psum)
+    # The sign of left decides the sign of its infinity: positive and negative parts go separately.
+    up = nl.ndarray(left.shape, left.dtype, buffer=nl.sbuf)
+    down = nl.ndarray(left.shape, left.dtype, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=up, data=left, op0=nl.greater, operand0=0.0)
+    nisa.tensor_scalar(dst=down, data=left, op0=nl.less, operand0=0.0)
+    nisa.nc_matmul(dst=plus_psum, stationary=up, moving=plus)
+    nisa.nc_matmul(dst=plus_psum, stationary=down, moving=minus)
+    nisa.nc_matmul(dst=minus_psum, stationary=up, moving=minus)
+    nisa.nc_matmul(dst=minus_psum, stationary=down, moving=plus)
+    nisa.tensor_tensor(dst=held, data1=held, data2=bank, op=nl.add)
+    _add_infinities(held, plus_psum, nl.add)
+    _add_infinities(held, minus_psum, nl.subtract)
 
 
 def _query_tile(query, grad_out, out, lse, grad_lse, slopes, b, h, q0, q1, sk, keys_across, options):
@@ -110,13 +106,19 @@ def _query_tile(query, grad_out, out, lse, grad_lse, slopes, b, h, q0, q1, sk, k
     slope = position
     if options["has_alibi"]:
         slope = head_column(slopes, b, h, p, options)
+    q_rows = load(query[b, h, q0:q1], query.dtype)
+    q_parts = do_parts = (q_rows, q_rows, q_rows)
+    if options["has_mask"] or options["per_query_bounds"]:
+        q_parts, do_parts = finite_part(q_rows), finite_part(do_rows)
     return {
         "q0": q0,
         "q1": q1,
         "q_turned": _contractions(query[b, h], q0, q1),
         "o_turned": _contractions(grad_out[b, h], q0, q1),
-        "q_rows": load(query[b, h, q0:q1], query.dtype),
+        "q_rows": q_rows,
+        "q_parts": q_parts,
         "do_rows": do_rows,
+        "do_parts": do_parts,
         "dot": dot,
         "minus_lse": minus_lse,
         "position": position,
@@ -149,7 +151,7 @@ def _hide(tile_sbuf, tile, k0, kind, mask_sbuf, options):
 def _block(
     tile, k_turned, v_turned, s0, k0, k1, kind, mask, grad_mask_hbm, b, h, heads, dropout_keys, mask_dtype, options
 ):
-    """(P with dropout's factor, dS, tile, whether some pairs are hidden): [queries, keys] in the operands' dtype."""
+    """(P with dropout's factor, dS, tile, kind): the first two [queries, keys] in the operands' dtype."""
     q0, q1 = tile["q0"], tile["q1"]
     p, width = q1 - q0, k1 - k0
     dtype = tile["q_rows"].dtype
@@ -205,41 +207,58 @@ def _block(
             _hide(grad_s, tile, k0, kind, mask_sbuf, options)
         low_grad = nl.ndarray((p, width), dtype, buffer=nl.sbuf)
         nisa.activation(dst=low_grad, op=nl.copy, data=grad_s)
-    return low_power, low_grad, tile, options["has_mask"] or (kind == 2 and options["per_query_bounds"])
+    return low_power, low_grad, tile, kind
 
 
-def _add_chunk(parts, start, stop, grad_v, grad_k):
-    """Add what the parts give a chunk of keys, columns start to stop of their block; those without a guard at once."""
+def _chunk_kind(part, c, stop, sk, options):
+    """0: hidden from all queries of the part, 1: nothing to guard, 2: some pairs may be hidden."""
+    tile, kind = part[2], part[3]
+    if kind == 2:
+        kind = block_kind(c, stop, tile["q0"], tile["q1"], options["queries"], sk, options)
+    if kind == 0:
+        return 0
+    return 2 if options["has_mask"] or (kind == 2 and options["per_query_bounds"]) else 1
+
+
+def _add_chunk(parts, k0, c, stop, grad_v, grad_k, sk, options):
+    """Add what the parts of the block from key k0 give the keys [c, stop); those without a guard at once."""
     whole = []
     for part in parts:
-        if part[3]:
-            _add_product(grad_v, part[0][:, start:stop], part[2]["do_rows"], True)
-            _add_product(grad_k, part[1][:, start:stop], part[2]["q_rows"], True)
-        else:
+        kind = _chunk_kind(part, c, stop, sk, options)
+        if kind == 2:
+            _add_guarded(grad_v, part[0][:, c - k0 : stop - k0], part[2]["do_parts"])
+            _add_guarded(grad_k, part[1][:, c - k0 : stop - k0], part[2]["q_parts"])
+        elif kind == 1:
             whole.append(part)
     if len(whole) == 0:
         return
     v_psum = nl.ndarray(grad_v.shape, nl.float32, buffer=nl.psum)
     k_psum = nl.ndarray(grad_k.shape, nl.float32, buffer=nl.psum)
     for part in whole:
-        nisa.nc_matmul(dst=v_psum, stationary=part[0][:, start:stop], moving=part[2]["do_rows"])
-        nisa.nc_matmul(dst=k_psum, stationary=part[1][:, start:stop], moving=part[2]["q_rows"])
+        nisa.nc_matmul(dst=v_psum, stationary=part[0][:, c - k0 : stop - k0], moving=part[2]["do_rows"])
+        nisa.nc_matmul(dst=k_psum, stationary=part[1][:, c - k0 : stop - k0], moving=part[2]["q_rows"])
     nisa.tensor_tensor(dst=grad_v, data1=grad_v, data2=v_psum, op=nl.add)
     nisa.tensor_tensor(dst=grad_k, data1=grad_k, data2=k_psum, op=nl.add)
 
 
-def _add_query_gradient(part, k_rows, start, stop):
-    """grad_q += dS k over one block; start and stop in the section."""
-    low_grad, tile, guarded = part[1], part[2], part[3]
-    grad_q = tile["grad_q"]
+def _add_query_gradient(part, k_rows, s0, k0, k1, sk, options):
+    """grad_q += dS k over the block [k0, k1) of the section from s0."""
+    low_grad = part[1]
+    grad_q = part[2]["grad_q"]
     q_psum = nl.ndarray(grad_q.shape, nl.float32, buffer=nl.psum)
-    for c in range(start, stop, 128):
-        turned = turn(low_grad[:, c - start : min(stop, c + 128) - start], c // 128, True)
-        if guarded:
-            _add_product(grad_q, turned, k_rows[c // 128], True)
-        else:
-            nisa.nc_matmul(dst=q_psum, stationary=turned, moving=k_rows[c // 128])
-    if not guarded:
+    plain = 0
+    for c in range(k0, k1, 128):
+        stop = min(k1, c + 128)
+        kind = _chunk_kind(part, c, stop, sk, options)
+        chunk = (c - s0) // 128
+        if kind > 0:
+            turned = turn(low_grad[:, c - k0 : stop - k0], chunk, True)
+            if kind == 2:
+                _add_guarded(grad_q, turned, finite_part(k_rows[chunk]))
+            else:
+                plain += 1
+                nisa.nc_matmul(dst=q_psum, stationary=turned, moving=k_rows[chunk])
+    if plain > 0:
         nisa.tensor_tensor(dst=grad_q, data1=grad_q, data2=q_psum, op=nl.add)
 
 
@@ -352,9 +371,9 @@ def attention_backward_kernel(
                                 nisa.dma_copy(dst=grad_mask_hbm[b, h, tile["q0"] : tile["q1"], k0:k1], src=zeros)
                         for c in range(k0, k1, 128):
                             chunk = (c - s0) // 128
-                            _add_chunk(parts, c - k0, min(k1, c + 128) - k0, grad_v[chunk], grad_k[chunk])
+                            _add_chunk(parts, k0, c, min(k1, c + 128), grad_v[chunk], grad_k[chunk], sk, options)
                         for part in parts:
-                            _add_query_gradient(part, k_rows, k0 - s0, k1 - s0)
+                            _add_query_gradient(part, k_rows, s0, k0, k1, sk, options)
                     for tile in tiles:
                         grad_q, q0, q1 = tile["grad_q"], tile["q0"], tile["q1"]
                         if s0 > key_first:
