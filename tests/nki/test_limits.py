@@ -1136,7 +1136,7 @@ def test_dead_tiles_do_not_count():
     attempt(body, "gen3")
 
 
-def test_live_psum_overflow_is_refused():
+def test_live_psum_overflow_is_refused(monkeypatch):
     def live(count):
         def body():
             banks = [ps(128, 512) for _ in range(count)]
@@ -1151,6 +1151,10 @@ def test_live_psum_overflow_is_refused():
     attempt(live(8), "gen3")
     with pytest.raises(NkiValidationError, match="9 banks"):
         attempt(live(9), "gen3")
+    monkeypatch.setenv("NKI_DMA_TRANSPOSE_AS_PE_TRANSPOSE", "true")  # reserves one bank from gen3 on
+    attempt(live(7), "gen3")
+    with pytest.raises(NkiValidationError, match="8 banks"):
+        attempt(live(8), "gen3")
 
 
 def test_report_gives_peaks():

@@ -36,7 +36,7 @@ from .dtypes import (
     uint16,
     uint32,
 )
-from .machine import BANK_BYTES, PMAX, PSUM_BANKS, MemoryRegion, active, refuse
+from .machine import BANK_BYTES, PMAX, MemoryRegion, active, psum_banks, refuse
 from .ops import TOKENS
 from .tensor import NKIObject, NkiTensor, VirtualRegister, ds
 
@@ -66,8 +66,7 @@ class _TileSize(NKIObject):
 
     @property
     def psum_num_banks(self):
-        reserved = os.environ.get("NKI_DMA_TRANSPOSE_AS_PE_TRANSPOSE", "").lower() == "true"
-        return PSUM_BANKS - (1 if reserved and active().generation >= 3 else 0) if active() else PSUM_BANKS
+        return psum_banks(active().generation)
 
     @property
     def sbuf_size_bytes(self):
