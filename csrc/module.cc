@@ -285,6 +285,7 @@ PYBIND11_MODULE(_C, module) {
       py::arg("parallel_for"), py::arg("num_threads"),
       "The addresses of libtorch_cpu's torch_parallel_for and torch_get_num_threads; 0 for either: run serially.");
   module.attr("max_dims") = kMaxDims;
+  module.attr("compiler") = __VERSION__;
   module.def("num_threads", &num_threads, "Threads that a kernel called now would use.");
   module.def("plan", &make_plan, py::arg("isa"), py::arg("op"), py::arg("views"), py::arg("scalars"),
              "Binds a kernel to views (dtype code, sizes, strides; None: absent) and scalars; call it with the tensors.");

@@ -36,7 +36,9 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def parsers():
     """The argument parser of each command that the pages show."""
+    from isotile import verify
     from isotile.bench import command, compare, readme, report, traces
+    from isotile.verify import compare as joined
 
     return {
         ("bench", "compare"): compare.parser,
@@ -44,17 +46,21 @@ def parsers():
         ("bench", "readme"): readme.parser,
         ("bench", "trace"): traces.parser,
         ("bench",): command.parser,
+        ("verify", "compare"): joined.parser,
+        ("verify", "check"): verify.command.check_parser,
+        ("verify", "report"): verify.command.report_parser,
+        ("verify",): verify.command.parser,
     }
 
 
 @pytest.mark.parametrize("page", [p for p in WRITTEN if list(blocks(p, "sh"))])
-def test_bench_commands_of_a_page_parse(page, capsys):
+def test_commands_of_a_page_parse(page, capsys):
     for line, text in blocks(page, "sh"):
         for words in (shlex.split(row, comments=True) for row in text.splitlines()):
-            if words[:2] != ["isotile", "bench"]:
+            if words[:1] != ["isotile"] or words[1] not in ("bench", "verify"):
                 continue
             known = parsers()
-            key = tuple(words[1:3]) if tuple(words[1:3]) in known else ("bench",)
+            key = tuple(words[1:3]) if tuple(words[1:3]) in known else (words[1],)
             try:
                 known[key]().parse_args(words[1 + len(key) :])
             except SystemExit:

@@ -75,11 +75,12 @@ class Claim:
     inapplicable: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     same_bits: int | None = None
 
-    def held(self, example: str, share: float | None = None, repeat: str = "", **more: Any) -> None:
+    def held(self, example: str, share: float | None = None, repeat: str = "", **more: float) -> None:
         """One example held; `share` of what was allowed was used."""
         self.examples += 1
         if share is not None and (self.worst is None or share > self.worst["share"]):
-            self.worst = {"share": share, **more, "example": example, "repeat": repeat}
+            rounded = {n: float(f"{v:.6g}") for n, v in {"share": share, **more}.items()}
+            self.worst = {**rounded, "example": example, "repeat": repeat}
 
     def broke(self, example: str, message: str, repeat: str) -> None:
         self.examples += 1

@@ -23,7 +23,7 @@ from .run import Verifier
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 #: Seconds between writes of the report so far, which is what a killed run leaves.
 CHECKPOINT_S = 20
-EXAMPLES, SAMPLES = 32, 8
+EXAMPLES, SAMPLES = 24, 8
 
 
 def main(argv: Sequence[str]) -> int:
@@ -289,12 +289,27 @@ def _read(path: Path, command: str) -> dict[str, Any] | None:
         return None
 
 
+def check_parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="isotile verify check",
+        description="Are reports whole and unchanged, and does every claim hold?",
+        epilog="Exit codes: 0 yes, 1 no.",
+    )
+    made.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
+    return made
+
+
+def report_parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="isotile verify report", description="HTML and JUnit XML of a report.")
+    made.add_argument("report", type=Path, metavar="REPORT.json")
+    made.add_argument("--out", type=Path, metavar="DIR", help="default: beside the report")
+    return made
+
+
 def _check(argv: list[str]) -> int:
     """Returns 0 if every report is whole, unchanged and holds; 1 if one is not or does not."""
-    made = argparse.ArgumentParser(prog="isotile verify check", description="Are reports whole, unchanged, and hold?")
-    made.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
     worst = 0
-    for path in made.parse_args(argv).reports:
+    for path in check_parser().parse_args(argv).reports:
         found = _read(path, "check")
         if found is None:
             worst = FAILED
@@ -307,10 +322,7 @@ def _check(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     """Returns 0, or 1 if the file is no report."""
-    made = argparse.ArgumentParser(prog="isotile verify report", description="HTML and JUnit XML of a report.")
-    made.add_argument("report", type=Path, metavar="REPORT.json")
-    made.add_argument("--out", type=Path, metavar="DIR", help="default: beside the report")
-    args = made.parse_args(argv)
+    args = report_parser().parse_args(argv)
     found = _read(args.report, "report")
     if found is None:
         return FAILED

@@ -159,8 +159,7 @@ def _number(value: Any) -> float:
     return math.inf if value == "inf" else float(value)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Returns 0 if all that was joined agrees, 1 if not, 2 if the reports cannot be compared."""
+def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="isotile verify compare",
         description="Joins reports of machines that never met: same seed, same inputs, outputs against each other.",
@@ -168,6 +167,12 @@ def run(argv: Sequence[str]) -> int:
     )
     made.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    return made
+
+
+def run(argv: Sequence[str]) -> int:
+    """Returns 0 if all that was joined agrees, 1 if not, 2 if the reports cannot be compared."""
+    made = parser()
     args = made.parse_args(argv)
     if len(args.reports) < 2:
         made.error("wanted at least two reports")

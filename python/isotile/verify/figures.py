@@ -58,8 +58,8 @@ class Distribution:
             "zero": self.zero,
             "first_exponent": (first - 2 * LOW - 1) / 2,
             "counts": self.counts[first : last + 1].tolist(),
-            "max": self.largest,
-            **{name: self.quantile(share) for name, share in QUANTILES.items()},
+            "max": float(f"{self.largest:.6g}"),
+            **{name: float(f"{self.quantile(share):.6g}") for name, share in QUANTILES.items()},
         }
 
 
