@@ -257,6 +257,15 @@ KERNELS = [
         ("tests/csrc/test_attention_kernel.py", "-k", "test_backward and scalar"),
         ("attention_backward",),
     ),
+    Mutant(
+        "values_before_the_window",
+        "csrc/ops/_attention_decode.h",
+        "      for (int64_t j = max64(c0, lo - k0); j < n; j += step) {",
+        "      for (int64_t j = c0; j < n; j += step) {",
+        "0 times a NaN that no query may see",
+        ("tests/test_laws.py", "-k", "decoding_window and float32"),
+        ("attention",),
+    ),
 ]
 
 TILES = [
@@ -349,6 +358,54 @@ VECTORS = [
 ]
 
 PYTHON = [
+    Mutant(
+        "batch_invariance_of_columns",
+        "python/isotile/backends/cpu.py",
+        "            request.state.batch_invariant\n            and lowered.kernel in COLUMN_KERNELS",
+        "            False\n            and lowered.kernel in COLUMN_KERNELS",
+        "rows side by side in memory are summed in another order than one alone",
+        ("tests/test_laws.py", "-k", "softmax_of_columns"),
+    ),
+    Mutant(
+        "loop_dimensions_of_lengths",
+        "python/isotile/ops/attention.py",
+        "torch.broadcast_shapes(scores.shape, visible.shape, (*a.value.shape[:-3], 1, 1, 1))",
+        "scores.shape",
+        "right while query has every loop dimension",
+        ("tests/test_reference.py", "-k", "loop_dimensions_broadcast"),
+    ),
+    Mutant(
+        "draws_of_this_version_only",
+        "python/isotile/testing/draws.py",
+        "        return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)",
+        "        return torch.from_numpy((words >> np.uint64(12)) * 2.0**-52)",
+        "inputs as good as before, and not the same bits as on the other machine",
+        ("tests/test_draws.py", "-k", "pinned"),
+    ),
+    Mutant(
+        "nan_is_no_difference",
+        "python/isotile/testing/equivalence.py",
+        "        share = torch.where(kind, share, math.inf)\n",
+        "",
+        "a kernel that swallows NaN",
+        ("tests/test_equivalence.py", "-k", "drops_nan or found"),
+    ),
+    Mutant(
+        "sum_of_the_bounds_twice",
+        "python/isotile/verify/compare.py",
+        "torch.tensor(allowed, dtype=torch.float64).mean(0)",
+        "torch.tensor(allowed, dtype=torch.float64).sum(0) * 1e6",
+        "two machines that differ by more than both may",
+        ("tests/test_verify.py", "-k", "something_else"),
+    ),
+    Mutant(
+        "digest_of_a_part",
+        "python/isotile/verify/report.py",
+        "        whole = sha256(plain)",
+        '        whole = given["report"]',
+        "another machine's name over the same results",
+        ("tests/test_verify.py", "-k", "no_whole_report"),
+    ),
     Mutant(
         "broadcast_stride_kept",
         "python/isotile/shapes.py",

@@ -45,7 +45,7 @@ BATCHED = {
     "layer_norm": lambda x, w: isotile.layer_norm(x, x.shape[-1], w[: x.shape[-1], 0]),
     "rms_norm": lambda x, w: isotile.rms_norm(x, x.shape[-1], w[: x.shape[-1], 0]),
     "softmax": lambda x, w: isotile.softmax(x, -1),
-    "softmax_of_columns": lambda x, w: isotile.softmax(x.mT.contiguous().mT, -1),
+    "softmax_of_columns": lambda x, w: isotile.softmax(x.mT.contiguous(), 0).mT,
     "linear": lambda x, w: isotile.linear(x, w, activation="silu"),
     "matmul": lambda x, w: isotile.matmul(x, w.mT),
 }

@@ -108,20 +108,24 @@ class Claim:
         return "; ".join(said) or None
 
     def record(self) -> dict[str, Any]:
-        return {
+        """As the report has it; what is empty is left out."""
+        always = {
             "op": self.op,
             "dtype": self.dtype,
             "backend": self.backend,
             "claim": self.claim,
             "verdict": self.verdict,
-            "reason": self.reason,
             "examples": self.examples,
+        }
+        some = {
+            "reason": self.reason,
             "failed": self.failed,
             "refused": sum(self.refusals.values()),
-            "same_bits": self.same_bits,
             "worst": self.worst,
             "failures": self.failures,
         }
+        found = {**always, **{n: v for n, v in some.items() if v}}
+        return found if self.same_bits is None else {**found, "same_bits": self.same_bits}
 
 
 class Ledger:

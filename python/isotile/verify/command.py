@@ -255,7 +255,7 @@ def _summary(found: dict[str, Any], console: Any) -> None:
     for op, backend in keys:
         own = [c for c in found["claims"] if (c["op"], c["backend"]) == (op, backend)]
         counts = [sum(c["verdict"] == v for c in own) for v in (HOLDS, FAILS, NOT_RUN)]
-        worst = max((c["worst"]["share"] for c in own if c["worst"]), default=None)
+        worst = max((c["worst"]["share"] for c in own if "worst" in c), default=None)
         table.add_row(
             op, escape(backend), str(counts[0]), f"[bold red]{counts[1]}[/]" if counts[1] else "0", str(counts[2]),
             "" if worst is None else f"{worst:.2f} of the bound",

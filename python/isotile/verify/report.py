@@ -109,7 +109,7 @@ def check(report: Any) -> None:
     if given.get("report") != whole:
         raise NotAReport("provenance or settings are not those that the digest was taken of: the file was changed")
     for claim in report["claims"]:
-        verdict = FAILS if claim["failed"] else HOLDS if claim["examples"] else NOT_RUN
+        verdict = FAILS if claim.get("failed") else HOLDS if claim["examples"] else NOT_RUN
         if claim["verdict"] != verdict:
             raise NotAReport(f"{claim['op']} {claim['dtype']} {claim['backend']} {claim['claim']}: not its own verdict")
 
@@ -197,7 +197,7 @@ def junit(report: dict[str, Any]) -> str:
                 failure = ET.SubElement(case, "failure", message=_plain(first["message"].splitlines()[0]))
                 failure.text = _plain("\n\n".join(f"{f['message']}\nrepeat: {f['repeat']}" for f in claim["failures"]))
             elif claim["verdict"] == NOT_RUN:
-                ET.SubElement(case, "skipped", message=_plain(claim["reason"] or ""))
+                ET.SubElement(case, "skipped", message=_plain(claim["reason"]))
     if not report["complete"]:
         suite = ET.SubElement(root, "testsuite", name="run", tests="1", failures="0", skipped="0", errors="1")
         case = ET.SubElement(suite, "testcase", classname="isotile.verify", name="complete", time="0")
