@@ -54,7 +54,7 @@ def run_guarded(call: Call, backend: str, layout: str) -> dict[str, torch.Tensor
         if not torch.equal(bits(values[name]), old):
             raise Disagreement(f"input {name} was changed")
     for name, (view, buffer), old in zip(names, placed, guards, strict=True):
-        written = torch.zeros(buffer.shape, dtype=torch.bool, device=buffer.device)
+        written = torch.zeros(buffer.shape, dtype=torch.bool)
         written.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
         if not torch.equal(bits(buffer)[~written], old[~written]):
             raise Disagreement(f"{name}: memory outside the result was written")
@@ -62,8 +62,8 @@ def run_guarded(call: Call, backend: str, layout: str) -> dict[str, torch.Tensor
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor's elements, for comparing NaNs too."""
-    dense = tensor.detach().clone(memory_format=torch.contiguous_format)
+    """The bytes of a tensor's elements, on the CPU, for comparing NaNs too."""
+    dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return dense if dense.dtype == torch.bool else dense.view(_INTEGERS[dense.element_size()])
 
 
