@@ -97,7 +97,7 @@ def test_what_is_wanted_is_drawn_and_the_rest_is_the_seeds(op):
     assert json.dumps(again) == json.dumps(recipe)
     assert dtype_name(torch.float32) == recipe["dtype"]
     for name, scalar in spec.scalars.items():
-        if scalar.choices and not name.startswith("need"):
+        if scalar.choices and not name.startswith("need") and spec.complete is None:
             for value in scalar.choices:
                 got = draw_recipe(Seeded(1, 2), spec, torch.float32, wanted={name: value})["scalars"][name]
                 assert got == (dtype_name(value) if isinstance(value, torch.dtype) else value)

@@ -216,9 +216,15 @@ class Call:
     dims: shapes.Dims
 
 
-def build(recipe: dict[str, Any], device: str = "cpu") -> Call:
-    """The tensors and scalars of a recipe. Memory between the elements of a strided layout holds NaN."""
-    spec = registry.spec(recipe["op"])
+def build(recipe: dict[str, Any], device: str = "cpu", spec: OpSpec | None = None) -> Call:
+    """The tensors and scalars of a recipe. Memory between the elements of a strided layout holds NaN.
+
+    Args:
+        recipe: as drawn.
+        device: where the tensors go.
+        spec: what the recipe was drawn from, if it is no operator of isotile's.
+    """
+    spec = spec or registry.spec(recipe["op"])
     random = Random(recipe["seed"])
     values: dict[str, Any] = {}
     for name, scalar in spec.scalars.items():
