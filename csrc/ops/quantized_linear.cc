@@ -1,8 +1,15 @@
 // y [m, n] = activation(x [m, k] @ weight [n, k].T + bias [n]) + residual [m, n], the weight quantised.
+//
+// Few rows: the weight is read once, row by row, and used in registers (_quantized_few_rows.h). Many rows: integers go
+// through blocks (_quantized_blocks.h), exact in int32; floats are dequantised a slice at a time, which stays in the
+// caches, and multiplied as `matmul` does. any_float and any_integer serve every other call, and batch invariance: they
+// sum each result in an order of its own, whatever the number of rows.
 #include "base/parallel.h"
 #include "base/scratch.h"
-#include "ops/_gemm_epilogue.h"
+#include "ops/_gemm.h"
 #include "ops/_gemm_pack.h"
+#include "ops/_quantized_blocks.h"
+#include "ops/_quantized_few_rows.h"
 #include "ops/_quantized_format.h"
 #include "ops/_quantized_rows.h"
 #include "ops/_rows.h"
@@ -127,6 +134,300 @@ inline void any_integer(const Problem& p) {
   });
 }
 
+// --- few rows --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kFew = 8;
+
+#if defined(__AVX512F__)
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls f(rows, first row) for 8, 4, 2 and 1 rows at a time until `m` are done; rows is a constant.
+template <class F>
+ISOTILE_INLINE void by_rows(int64_t m, const F& f) {
+  int64_t r = 0;
+  for (; m - r >= 8; r += 8) f(Count<8>{}, r);
+  if (m - r >= 4) f(Count<4>{}, r), r += 4;
+  if (m - r >= 2) f(Count<2>{}, r), r += 2;
+  if (m - r >= 1) f(Count<1>{}, r);
+}
+
+// Rows of x [m][ld] as float32, or quantised to e4m3; zeros up to ld.
+inline void float_rows(const Problem& p, float* rows, int64_t ld, float* scales) {
+  const int64_t k = p.w.k;
+  dispatch_float(p.x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for (int64_t i = 0; i < p.m; ++i) {
+      const T* x = static_cast<const T*>(p.x.data) + p.x.rows.at(i);
+      float* row = rows + i * ld;
+      for (int64_t l = k / 16 * 16; l < ld; l += 16) Vec<float>::zero().store(row + l);
+      if (p.w.dynamic()) {
+        const RowScale scale = row_scale(x, p.x.col, k, 448.0f);
+        scales[i] = scale.scale;
+        quantize_row<true>(x, p.x.col, k, scale, [&](int64_t l, Vec<float> v, int64_t n) { v.store(row + l, n); });
+        continue;
+      }
+      for (int64_t l = 0; l < k; l += 16) load_typed<false, float>(x + l * p.x.col, p.x.col, k - l).store(row + l, k - l);
+    }
+  });
+}
+
+inline void few_floats(const Problem& p) {
+  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m;
+  Scratch<float> rows(m * ld), scales(m);
+  float_rows(p, rows.data(), ld, scales.data());
+  parallel_for(0, ceil_div(p.w.n, kColumns), most(1, 65536 / (kColumns * ld)), [&](int64_t begin, int64_t end) {
+    Scratch<float> c(m * kColumns);
+    RowFactors f(p.w);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t j0 = block * kColumns, cols = least(kColumns, p.w.n - j0);
+      for (int64_t j = 0; j < cols; ++j) {
+        f.load(p.w, j0 + j);
+        by_rows(m, [&](auto count, int64_t r) {
+          constexpr int kRows = decltype(count)::value;
+          float sums[kRows];
+          dot_floats<kRows>(p.w, p.w.row(j0 + j), f, rows.data() + r * ld, ld, sums);
+          for (int i = 0; i < kRows; ++i)
+            c[(r + i) * kColumns + j] = p.w.dynamic() ? sums[i] * f.scales[0] * scales[r + i] : sums[i];
+        });
+      }
+      finish(p.out, c.data(), kColumns, 0, m, j0, cols);
+    }
+  });
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+// Rows [i0, i0 + count) of x as int8 [count][ld] plus `bias`, the tail `bias` itself.
+inline void byte_rows(const Problem& p, int64_t i0, int64_t count, uint8_t* rows, int64_t ld, int bias, float* scales) {
+  const int64_t k = p.w.k;
+  const __m128i flip = _mm_set1_epi8(static_cast<char>(bias));  // adding 128 turns the sign bit over
+  dispatch_float(p.x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* x = static_cast<const T*>(p.x.data) + p.x.rows.at(i0 + i);
+      uint8_t* row = rows + i * ld;
+      const RowScale scale = row_scale(x, p.x.col, k, 127.0f);
+      scales[i] = scale.scale;
+      quantize_row<false>(x, p.x.col, k, scale, [&](int64_t l, Vec<float> v, int64_t) {
+        const __m128i q = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v.v));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(row + l), _mm_xor_si128(q, flip));
+      });
+      for (int64_t l = ceil_div(k, 16) * 16; l < ld; l += 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(row + l), flip);
+    }
+  });
+}
+
+// The sums of each four of n signed bytes.
+inline void quad_sums(const uint8_t* q, int64_t n, int32_t* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t l = 0; l < n; l += 64)
+    _mm512_storeu_si512(sums + l / 4, _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(q + l)));
+}
+
+template <bool kFourBits, bool kOffsets>
+inline void few_integers(const Problem& p) {
+  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m;
+  Scratch<uint8_t> rows(m * ld);
+  Scratch<int32_t> quads(kFourBits ? m * ld / 4 : 0);
+  Scratch<float> scales(m);
+  byte_rows(p, 0, m, rows.data(), ld, kFourBits ? 0 : 128, scales.data());
+  if (kFourBits) quad_sums(rows.data(), m * ld, quads.data());
+  parallel_for(0, ceil_div(p.w.n, kColumns), most(1, 131072 / (kColumns * ld)), [&](int64_t begin, int64_t end) {
+    Scratch<float> c(m * kColumns);
+    RowFactors f(p.w);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t j0 = block * kColumns, cols = least(kColumns, p.w.n - j0);
+      for (int64_t j = 0; j < cols; ++j) {
+        f.load(p.w, j0 + j);
+        const uint8_t* row = p.w.row(j0 + j);
+        by_rows(m, [&](auto count, int64_t r) {
+          constexpr int kRows = decltype(count)::value;
+          float sums[kRows];
+          const IntegerRows x{rows.data() + r * ld, quads.data() + r * ld / 4, ld};
+          if (f.per_piece == 0) dot_integers<kRows, kFourBits, kOffsets, false>(p.w, row, f, x, sums);
+          else dot_integers<kRows, kFourBits, kOffsets, true>(p.w, row, f, x, sums);
+          for (int i = 0; i < kRows; ++i) c[(r + i) * kColumns + j] = sums[i] * scales[r + i];
+        });
+      }
+      finish(p.out, c.data(), kColumns, 0, m, j0, cols);
+    }
+  });
+}
+
+// --- many rows -------------------------------------------------------------------------------------------------------
+
+inline void many_integers(const Problem& p) {
+  const int64_t padded = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m, m_padded = ceil_div(m, kSide) * kSide;
+  Scratch<uint8_t> tiles_of_x(m_padded * padded);
+  Scratch<float> scales(m_padded);
+  Scratch<int32_t> row_sums(p.w.has_offsets() ? p.w.groups * m_padded : 0);
+  parallel_for(0, m_padded / 16, 1, [&](int64_t begin, int64_t end) {
+    Scratch<uint8_t> rows(16 * padded);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t i0 = block * 16, count = most(0, least(16, m - i0));
+      for (int64_t i = count; i < 16; ++i) {
+        __builtin_memset(rows.data() + i * padded, kBias, static_cast<size_t>(padded));
+        scales[i0 + i] = 0.0f;
+      }
+      if (count > 0) byte_rows(p, i0, count, rows.data(), padded, kBias, scales.data() + i0);
+      if (p.w.has_offsets()) {
+        for (int64_t i = 0; i < 16; ++i) {
+          for (int64_t g = 0; g < p.w.groups; ++g) {
+            const int64_t k0 = g * p.w.group, length = least(p.w.group, p.w.k - k0);
+            int32_t sum = -kBias * static_cast<int32_t>(length);
+            for (int64_t l = 0; l < length; ++l) {
+              const uint8_t q = rows[i * padded + k0 + l];
+              sum += kBias != 0 ? static_cast<int32_t>(q) : static_cast<int32_t>(static_cast<int8_t>(q));
+            }
+            row_sums[g * m_padded + i0 + i] = sum;
+          }
+        }
+      }
+      for (int64_t k0 = 0; k0 < padded; k0 += kStep) {
+        __m512 words[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) words[i] = _mm512_loadu_ps(rows.data() + i * padded + k0);
+        transpose_16x16(words);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          _mm512_storeu_ps(tiles_of_x.data() + block * 16 * padded + k0 * 16 + i * 64, words[i]);
+      }
+    }
+  });
+  const int64_t per_task = p.w.n >= kRowsOfWeight * 2 * num_threads() ? kRowsOfWeight : kSide;
+  parallel_dynamic(ceil_div(p.w.n, per_task), [&](int64_t task) {
+    const int64_t i0 = task * per_task;
+    integer_blocks(p.w, p.out, m, i0, least(per_task, p.w.n - i0), tiles_of_x.data(), row_sums.data(), scales.data());
+  });
+}
+#endif
+
+struct One final : GemmList {
+  int64_t count() const override { return 1; }
+  int64_t m(int64_t) const override { return first.m; }
+  int64_t k(int64_t) const override { return first.k; }
+  void place(int64_t, Gemm*) const override {}
+};
+
+// Weights dequantised to T a slice of columns at a time, then multiplied. Where x is dynamic (fp8) all scales come last,
+// so that e4m3 numbers stay exact in T.
+template <class T>
+inline void many_floats(const Problem& p) {
+  const int64_t k = p.w.k, m = p.m, ld = most(1, ceil_div(k, kBlock4)) * kBlock4;
+  const int64_t slice = least(p.w.n, most(64, (int64_t{1} << 21) / ld / 64 * 64));
+  const bool dynamic = p.w.dynamic();
+  const QuantizedWeight& w = p.w;
+  Scratch<T> weight(slice * ld), rows(dynamic ? m * ld : 0);
+  Scratch<float> scales(dynamic ? m : 0), sums(dynamic ? m * slice : 0);
+  if (dynamic) {
+    dispatch_float(p.x.dtype, [&](auto type) {
+      using X = typename decltype(type)::type;
+      parallel_for(0, m, most(1, 16384 / ld), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const X* x = static_cast<const X*>(p.x.data) + p.x.rows.at(i);
+          const RowScale scale = row_scale(x, p.x.col, k, 448.0f);
+          scales[i] = scale.scale;
+          T* row = rows.data() + i * ld;
+          quantize_row<true>(x, p.x.col, k, scale, [&](int64_t l, Vec<float> v, int64_t n) { v.store(row + l, n); });
+        }
+      });
+    });
+  }
+  for (int64_t j0 = 0; j0 < p.w.n; j0 += slice) {
+    const int64_t cols = least(slice, p.w.n - j0);
+    parallel_for(0, cols, most(1, 32768 / ld), [&](int64_t begin, int64_t end) {
+      Scratch<float> row(ld);
+#if defined(__AVX512F__)
+      RowFactors f(w);
+#endif
+      for (int64_t j = begin; j < end; ++j) {
+        T* to = weight.data() + j * ld;
+#if defined(__AVX512F__)
+        if (!dynamic) f.load(w, j0 + j);
+        for (int64_t piece = 0; piece < ceil_div(k, kPiece); ++piece) {
+          __m512 v[8];
+          piece_of_row(w, w.row(j0 + j), f, piece, v);
+#pragma GCC unroll 8
+          for (int u = 0; u < 8; ++u) Vec<float>{v[u]}.store(to + piece * kPiece + 16 * u);
+        }
+#else
+        if (dynamic) {
+          for (int64_t l = 0; l < k; ++l) row[l] = kTables.e4m3[w.row(j0 + j)[l]];
+        } else {
+          dequantize_row(w, j0 + j, row.data());
+        }
+        for (int64_t l = 0; l < k; l += Vec<float>::kLanes) Vec<float>::load(row.data() + l, k - l).store(to + l, k - l);
+#endif
+      }
+    });
+    One list;
+    Gemm& g = list.first;
+    g.m = m;
+    g.n = cols;
+    g.k = k;
+    g.b = weight.data();
+    g.b_k = 1;
+    g.b_n = ld;
+    DType type = p.x.dtype;
+    if (dynamic) {
+      type = DTypeOf<T>::value;
+      g.a = Matrix::of(rows.data(), type, m, ld, 1);
+      g.out.y = Matrix::of(sums.data(), DType::kFloat32, m, slice, 1);
+    } else {
+      g.a = p.x;
+      g.out = p.out;
+      g.out.y.offset += j0 * g.out.y.col;
+      g.out.preactivation.offset += j0 * g.out.preactivation.col;
+      g.out.residual.offset += j0 * g.out.residual.col;
+      if (g.out.bias != nullptr)
+        g.out.bias = static_cast<const char*>(g.out.bias) + j0 * g.out.bias_stride * item_size(g.out.bias_dtype);
+    }
+    run_gemms(type, DTypeOf<T>::value, list);
+    if (!dynamic) continue;
+    parallel_for(0, m, most(1, 16384 / cols), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* row = sums.data() + i * slice;
+        for (int64_t j = 0; j < cols; ++j) row[j] = row[j] * p.w.scale(j0 + j, 0) * scales[i];
+        finish(p.out, row, slice, i, 1, j0, cols);
+      }
+    });
+  }
+}
+
+// Whether fast ways that sum in an order that depends on the number of rows serve the call.
+inline bool served_fast(const Problem& p, bool integers) {
+  if (p.w.k == 0) return false;
+#if defined(__AVX512VNNI__)
+  if (integers) {
+    if (p.m > kFew) many_integers(p);
+    else if (!p.w.four_bits()) few_integers<false, false>(p);
+    else if (p.w.has_offsets()) few_integers<true, true>(p);
+    else few_integers<true, false>(p);
+    return true;
+  }
+#endif
+  if (integers) return false;
+#if defined(__AVX512F__)
+  if (p.m <= kFew) {
+    few_floats(p);
+    return true;
+  }
+#endif
+  if (p.m <= 4) return false;
+#if ISOTILE_HAS_BF16_DOT
+  if (p.w.scheme == Scheme::kFp8 || p.x.dtype == DType::kBFloat16) {
+    many_floats<BFloat16>(p);
+    return true;
+  }
+#endif
+  many_floats<float>(p);
+  return true;
+}
+
 }  // namespace
 
 void quantized_linear(const TensorView* t, const double* s) {
@@ -146,6 +447,8 @@ void quantized_linear(const TensorView* t, const double* s) {
   }
   p.out.activation = static_cast<Activation>(static_cast<int>(s[2]));
   const bool integers = p.w.integer() && p.w.dynamic(), wide = p.x.dtype == DType::kFloat64;
+  const bool batch_invariant = s[3] != 0;
+  if (!wide && !batch_invariant && served_fast(p, integers)) return;
   if (integers) wide ? any_integer<double>(p) : any_integer<float>(p);
   else wide ? any_float<double>(p) : any_float<float>(p);
 }

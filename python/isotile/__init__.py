@@ -12,7 +12,7 @@ from . import registry as _registry
 from .backends import backends
 from .doors import explain
 from .errors import BackendError, FallbackWarning
-from .quantization import QuantizedWeight, quantize
+from .quantization import QuantizedWeight, quantize, quantize_model
 from .record import record
 from .state import determinism, use_backend
 
@@ -30,6 +30,7 @@ __all__ = [
     "determinism",
     "explain",
     "quantize",
+    "quantize_model",
     "record",
     "use_backend",
     *_OPERATORS,

@@ -10,7 +10,7 @@ import torch
 
 import isotile
 
-__all__ = ["LayerNorm", "Linear", "RMSNorm", "Softmax"]
+__all__ = ["LayerNorm", "Linear", "QuantizedLinear", "RMSNorm", "Softmax"]
 
 
 class Linear(torch.nn.Linear):
@@ -31,6 +31,44 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class QuantizedLinear(torch.nn.Module):
+    """activation(x @ weight.T + bias) + residual with a quantised weight, see `isotile.quantized_linear`.
+
+    Its `state_dict` holds the weight's parts under `weight.`, and `bias`. The weight takes no gradient; x and bias do.
+
+    Args:
+        weight: an `isotile.QuantizedWeight` [out_features, in_features].
+        bias: [out_features], or None.
+        activation: None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh".
+    """
+
+    def __init__(
+        self, weight: isotile.QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        if bias is None or isinstance(bias, torch.nn.Parameter):
+            self.register_parameter("bias", bias)
+        else:
+            self.bias = torch.nn.Parameter(bias)
+        self.activation = activation
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, scheme: str, *, group_size=128, symmetric=None, search=None):
+        """A layer with the quantised weight of `linear`, and its bias itself; the options are `isotile.quantize`'s."""
+        weight = isotile.quantize(linear.weight, scheme, group_size=group_size, symmetric=symmetric, search=search)
+        return cls(weight, linear.bias, activation=getattr(linear, "activation", None))
+
+    def forward(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [..., in_features]; residual: [..., out_features] or None. Returns [..., out_features]."""
+        return isotile.quantized_linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+
+    def extra_repr(self) -> str:
+        shown = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return shown + (f", activation={self.activation!r}" if self.activation else "")
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -5,7 +5,8 @@ The formats are defined in `isotile.ops._quantized`; section 3 of the design pag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .ops._quantized import SCHEMES
 
 #: Of the layout in memory; a reader refuses what it does not know.
 FORMAT_VERSION = 1
+#: Scales that "least_squares" tries: from the largest magnitude's down to this share less.
+SEARCH_STEPS, SEARCH_RANGE = 16, 0.4
 _PARTS = ("packed", "scales", "zeros", "global_scale")
 
 
@@ -166,7 +169,12 @@ def _check_scheme(function: str, scheme: Any) -> None:
 
 
 def quantize(
-    weight: torch.Tensor, scheme: str, *, group_size: int | None = 128, symmetric: bool | None = None
+    weight: torch.Tensor,
+    scheme: str,
+    *,
+    group_size: int | None = 128,
+    symmetric: bool | None = None,
+    search: str | None = None,
 ) -> QuantizedWeight:
     """A linear layer's weight [n, k] in a quantised format, each element rounded to the nearest.
 
@@ -187,6 +195,9 @@ def quantize(
             or None is one scale a row. The other schemes have the one of the table.
         symmetric: False gives "int4" and "int4_dynamic" zero points (8 more bits a group). Every other scheme is
             symmetric.
+        search: how the scales of the integer schemes are found. None: the largest magnitude of a group becomes the
+            largest integer. "least_squares": the scale with the least squared error among clipped ones, each
+            refined by least squares between the weights and their integers; zero points stay where they are.
 
     Returns:
         The `QuantizedWeight`, on the weight's device.
@@ -210,6 +221,10 @@ def quantize(
     elif group_size not in SCHEMES[scheme].group_sizes:
         wanted = ", ".join(map(str, SCHEMES[scheme].group_sizes))
         raise ValueError(f"isotile.quantize: group_size: wanted one of {wanted} or None, got {group_size!r}")
+    if search not in (None, "least_squares"):
+        raise ValueError(f"isotile.quantize: search: wanted None or 'least_squares', got {search!r}")
+    if search is not None and SCHEMES[scheme].floating:
+        raise ValueError(f"isotile.quantize: search: wanted None under {scheme!r}, got {search!r}")
     w = weight.detach().to(torch.float32)
     if not bool(w.isfinite().all()):
         raise ValueError("isotile.quantize: weight: wanted finite numbers, got NaN or infinity")
@@ -219,6 +234,8 @@ def quantize(
     if SCHEMES[scheme].bits == 8:
         top = 448.0 if SCHEMES[scheme].floating else 127.0
         scales = _amax(grouped).clamp(min=_quantized.LEAST_AMAX) / top
+        if search is not None:
+            scales = _least_squares(grouped, scales, torch.zeros_like(scales), -127, 127, torch.float32)
         q = w / scales
         # e4m3 rounds to the nearest, ties to even; 448 is the largest, and no quotient is larger.
         q = q.to(torch.float8_e4m3fn) if SCHEMES[scheme].floating else q.round().clamp(-127, 127).to(torch.int8)
@@ -234,6 +251,8 @@ def quantize(
         else:
             scales = _stored_scale(_amax(grouped) / 7, dtype)
             zeros = torch.full_like(scales, 8.0)
+        if search is not None:
+            scales = _least_squares(grouped, scales, zeros, 0, 15, dtype)
         codes = ((grouped / scales.unsqueeze(-1)).round() + zeros.unsqueeze(-1)).clamp(0, 15)
         parts = {"packed": _packed(codes, k), "scales": scales.to(dtype), **parts}
     elif scheme == "mxfp4":
@@ -251,6 +270,47 @@ def quantize(
     return QuantizedWeight(**parts, scheme=scheme, group_size=group_size, shape=(n, k))  # type: ignore[arg-type]
 
 
+def quantize_model(
+    model: torch.nn.Module,
+    scheme: str,
+    *,
+    skip: Sequence[str] = (),
+    group_size: int | None = 128,
+    symmetric: bool | None = None,
+    search: str | None = None,
+) -> torch.nn.Module:
+    """Replace a model's linear layers by `isotile.nn.QuantizedLinear`, in place.
+
+    Args:
+        model: its `torch.nn.Linear`s (and `isotile.nn.Linear`s), not subclasses of them, are replaced.
+        scheme, group_size, symmetric, search: as `quantize`.
+        skip: names of modules to leave as they are, as shell patterns: `"lm_head"`, `"*.router"`, `"layers.0.*"`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as `quantize`; a pattern of `skip` that matches no module.
+    """
+    from . import nn
+
+    kinds = (torch.nn.Linear, nn.Linear)
+    if type(model) in kinds:
+        raise ValueError("isotile.quantize_model: model: wanted a module that holds linear layers, got one itself")
+    modules = dict(model.named_modules())
+    for pattern in skip:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+            raise ValueError(f"isotile.quantize_model: skip: wanted names of modules, got {pattern!r}, which none has")
+    for name, module in modules.items():
+        if type(module) in kinds and not any(fnmatch.fnmatchcase(name, p) for p in skip):
+            parent, _, own = name.rpartition(".")
+            quantized = nn.QuantizedLinear.from_linear(
+                module, scheme, group_size=group_size, symmetric=symmetric, search=search
+            )
+            setattr(modules[parent], own, quantized)
+    return model
+
+
 def _groups_of(w: torch.Tensor, group_size: int) -> torch.Tensor:
     n, k = w.shape
     size = max(k, 1) if group_size == -1 else group_size
@@ -264,6 +324,30 @@ def _amax(grouped: torch.Tensor) -> torch.Tensor:
 
 def _stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return scale.clamp(min=_quantized.LEAST_AMAX).to(dtype).to(torch.float32)
+
+
+def _least_squares(
+    grouped: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, low: int, high: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The scales [n, groups] with the least squared error, among clipped ones and their least-squares refinements."""
+
+    def integers(scale: torch.Tensor) -> torch.Tensor:
+        q = (grouped / scale.unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+        return q.clamp(low, high) - zeros.unsqueeze(-1)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        return (integers(scale) * scale.unsqueeze(-1) - grouped).square().sum(-1)
+
+    best, least = scales, error(scales)
+    for step in range(SEARCH_STEPS):
+        tried = _stored_scale(scales * (1 - step * SEARCH_RANGE / SEARCH_STEPS), dtype)
+        q = integers(tried)
+        refined = (q * grouped).sum(-1) / q.square().sum(-1).clamp(min=1)
+        for scale in (tried, _stored_scale(refined, dtype)):
+            found = error(scale)
+            best = torch.where(found < least, scale, best)
+            least = torch.minimum(found, least)
+    return best
 
 
 def _packed(codes: torch.Tensor, k: int) -> torch.Tensor:

@@ -116,7 +116,7 @@ class CpuBackend:
             self.isa or instruction_set(),
             lowered.kernel,
             [_describe(v) for v in (laid_out if by_rows else slots)],
-            list(lowered.scalars.values()),
+            [*lowered.scalars.values(), float(request.state.batch_invariant)],
         )
         if by_rows:
             return _on_rows(plan, slots, order, len(lowered.tensors))

@@ -145,3 +145,24 @@ def quantize_rows(x, scheme):
     q = torch.where(finite, x, 0.0) * (most / amax)
     q = q.to(torch.float8_e4m3fn).to(torch.float32) if SCHEMES[scheme].floating else q.round()
     return q, torch.where(finite, amax / most, torch.nan)
+
+
+def integer_product(q, packed, scales, zeros, scheme, group_size, wide):
+    """q [..., k] of whole numbers times the weight's integers, exact in each group; [..., n] in dtype `wide`.
+
+    With one group a row the bits are every backend's: the sum rounded to `wide`, times the scale.
+    """
+    k = q.shape[-1]
+    integers = elements(packed, scheme, k, torch.float64)  # sums below 2**53 are exact
+    offsets = zeros if zeros is not None and zeros.dtype != torch.uint8 else None
+    if SCHEMES[scheme].bits == 4 and offsets is None:
+        integers = integers - (8 if zeros is None else _per_element(zeros.to(torch.float64), group_size, k))
+    size = max(k, 1) if group_size == -1 else group_size
+    total = None
+    for g in range(scales.shape[1]):
+        part = q[..., g * size : (g + 1) * size].to(torch.float64)
+        term = torch.matmul(part, integers[:, g * size : (g + 1) * size].mT).to(wide) * scales[:, g].to(wide)
+        if offsets is not None:
+            term = term + part.sum(-1, keepdim=True).to(wide) * offsets[:, g].to(wide)
+        total = term if total is None else total + term
+    return q.new_zeros((*q.shape[:-1], packed.shape[0]), dtype=wide) if total is None else total

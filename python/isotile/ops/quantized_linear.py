@@ -93,10 +93,13 @@ def quantized_linear(
     rows = x.to(wide)
     if SCHEMES[scheme].dynamic is not None:
         q, scale = _quantized.quantize_rows(x.detach(), scheme)
-        # x - x.detach() is 0, and passes the gradient as if nothing had been rounded.
-        if x.requires_grad:
-            q = q.to(wide) + (rows - rows.detach()) / scale.to(wide)
-        z = torch.matmul(q.to(wide), weight.mT) * scale.to(wide)
+        if SCHEMES[scheme].floating:
+            sums = torch.matmul(q.to(wide), weight.mT)
+        else:
+            sums = _quantized.integer_product(q, packed, scales, zeros, scheme, group_size, wide)
+        z = sums * scale.to(wide)
+        if x.requires_grad:  # x - x.detach() is 0, and passes the gradient as if nothing had been rounded
+            z = z + torch.matmul(rows - rows.detach(), weight.mT)
     else:
         z = torch.matmul(rows, weight.mT)
     if bias is not None:
