@@ -266,6 +266,35 @@ KERNELS = [
         ("tests/test_laws.py", "-k", "decoding_window and float32"),
         ("attention",),
     ),
+    Mutant(
+        "quantized_nibbles",
+        "csrc/ops/_quantized_few_rows.h",
+        "part[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);",
+        "part[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 3), low);",
+        "the high halves of bytes are shifted by three bits",
+        ("tests/test_quantized_linear.py::test_integer_products_have_the_references_bits[1-70-300-cpu]",),
+        ("quantized_linear",),
+        isa="avx512_bf16",
+    ),
+    Mutant(
+        "quantized_bias_of_the_first_group",
+        "csrc/ops/_quantized_blocks.h",
+        "exact = _mm512_sub_epi32(exact, _mm512_set1_epi32(biases[row]));",
+        "exact = _mm512_sub_epi32(exact, _mm512_set1_epi32(biases[row - g]));",
+        "every group takes off what the bias of x adds to the first",
+        ("tests/test_quantized_linear.py::test_grouped_integers_are_exact_where_float32_is[cpu]",),
+        ("quantized_linear",),
+        isa="avx512_bf16",
+    ),
+    Mutant(
+        "quantized_row_of_zeros",
+        "csrc/ops/_quantized_rows.h",
+        "  if (amax < kLeastAmax) amax = kLeastAmax;\n",
+        "",
+        "a row of zeros is divided by its largest magnitude",
+        ("tests/test_quantized_linear.py::test_dynamic_rows_that_are_zero_tiny_huge_or_not_finite",),
+        ("quantized_linear",),
+    ),
 ]
 
 TILES = [
@@ -573,6 +602,22 @@ PYTHON = [
         "    return False",
         "the rival is faster without the soft cap",
         bench("test_rival_says_what_it_does_not_take", "test_options_of_a_case_reach_the_public_function"),
+    ),
+    Mutant(
+        "quantized_model_in_half",
+        "python/isotile/quantization.py",
+        "return found if found.dtype == tensor.dtype else tensor.to(found.device)",
+        "return found",
+        "model.half() rewrites the scales",
+        ("tests/test_quantized_linear.py::test_a_change_of_dtype_leaves_the_weight_alone",),
+    ),
+    Mutant(
+        "gptq_zero_points_as_stored",
+        "python/isotile/importers.py",
+        'to(torch.int16) + (1 if checkpoint_format == "gptq" else 0)',
+        "to(torch.int16)",
+        "GPTQ stores zero points less one",
+        ("tests/test_quantized_linear.py::test_gptq",),
     ),
 ]
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import isotile
 
 from ..backends import BACKENDS
-from . import compare, decoder, encoder, tables
+from . import compare, decoder, encoder, quantized, tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,8 +56,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved timings of the encoder")
     parser.add_argument("--steps", type=int, default=40, help="training steps of the decoder")
     parser.add_argument("--tiny", action="store_true", help="the bundled seeded encoder instead of the pretrained one")
+    parser.add_argument(
+        "--quantized", action="store_true", help="instead: the encoder in every quantised format, its size and speed"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write every figure here")
     return parser
+
+
+def _quantized(args, console: Console, pretrained, sentences, queries, device: torch.device) -> int:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(
+            f"{pretrained.name}: {len(sentences)} sentences", total=args.rounds * len(quantized.FORMATS)
+        )
+        rows = quantized.compare(pretrained, sentences, queries, args.rounds, device, lambda: progress.advance(task))
+    console.print(tables.quantized_table(rows, len(queries)))
+    console.print(
+        "[dim]MB: the weights of the linear layers. 1-cos: between embeddings and the float32 model's. found: queries "
+        "whose nearest sentence is the float32 model's. /torch: time over PyTorch's float32 model, side by side.[/]"
+    )
+    if args.json:
+        record = {
+            "isotile": isotile.__version__, "torch": torch.__version__, "device": _device_name(device),
+            "threads": torch.get_num_threads(), "model": pretrained.name, "rows": [r.record() for r in rows],
+        }  # fmt: skip
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+    wrong = [r.format for r in rows if not r.mean_cosine > quantized.LEAST_MEAN_COSINE]
+    for name in wrong:
+        console.print(f"[bold red]{escape(name)}: the embeddings are not those of the model[/]")
+    return 1 if wrong else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     if pretrained.note:
         console.print(f"[yellow]{escape(pretrained.note)}[/]")
+
+    if args.quantized:
+        return _quantized(args, console, pretrained, sentences, queries, device)
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:

@@ -74,6 +74,26 @@ def encoder_table(result, queries: int) -> Table:
     return table
 
 
+def quantized_table(rows, queries: int) -> Table:
+    table = _table(
+        "The encoder in quantised formats",
+        ("format",),
+        ("MB", "smaller", "1-cos, mean", "worst", "found", "ms", "/torch"),
+    )
+    for row in rows:
+        table.add_row(
+            row.format,
+            f"{row.megabytes:.1f}",
+            f"{row.smaller:.1f}x",
+            f"{1 - row.mean_cosine:.1e}",
+            f"{1 - row.least_cosine:.1e}",
+            f"{row.same_neighbours}/{queries}",
+            f"{row.milliseconds:.0f}",
+            f"{row.times_torch:.2f}",
+        )
+    return table
+
+
 def decoder_table(result) -> Table:
     table = _table(
         "Distance of the loss curve from the float64 truth, and time of a step",
