@@ -106,7 +106,8 @@ class QuantizedWeight(torch.nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.numel() * part.element_size() for part in map(self.__getattr__, _PARTS) if part is not None)
+        parts: list[torch.Tensor | None] = [self.packed, self.scales, self.zeros, self.global_scale]
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., k]. Returns x @ weight.T [..., n]."""

@@ -9,6 +9,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def compare(pretrained, sentences, queries, rounds: int, device: torch.device, t
     query_ids = pretrained.tokenize([q for _, q in queries])
     batches = [(rows, batch.to(device)) for rows, batch in encoder.make_batches(ids)]
     query_batches = [(rows, batch.to(device)) for rows, batch in encoder.make_batches(query_ids)]
-    models = {}
+    models: dict[str, Any] = {}
     for name, options in FORMATS:
         model = copy.deepcopy(pretrained.model).to(device)
         models[name] = model if options is None else isotile.quantize_model(model, **options)

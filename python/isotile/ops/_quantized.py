@@ -134,6 +134,7 @@ def quantize_rows(x, scheme):
     |q| never exceeds top. A row that holds NaN or infinity has q = 0 and the scale NaN, so its result is NaN.
     """
     top = SCHEMES[scheme].dynamic
+    assert top is not None
     x = x.to(torch.float32)
     if x.shape[-1] == 0:
         return x, x.new_full((*x.shape[:-1], 1), LEAST_AMAX / top)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..precision import accumulator, stored
@@ -195,7 +197,7 @@ def _draw_bytes(random, dims, shape):
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_WEIGHT = {"differentiable": False, "autocast": False}
+_WEIGHT: dict[str, Any] = {"differentiable": False, "autocast": False}
 
 #: Real layers by the rows that they see: (name, rows, n, k).
 SHAPES = (
