@@ -113,7 +113,7 @@ class QuantizedWeight(torch.nn.Module):
         """x: [..., k]. Returns x @ weight.T [..., n]."""
         import isotile
 
-        return isotile.quantized_linear(x, self)
+        return isotile.quantized_linear(x, self)  # type: ignore[no-any-return, misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
         # Moves to a device pass; a change of dtype would change what the bytes mean.
