@@ -686,12 +686,12 @@ TRITON = [
         env=tuple(INTERPRET.items()),
     ),
     Mutant(
-        "gradient_of_an_empty_row",
+        "kept_pairs_unscaled_in_the_value_gradient",
         "kernels/triton/attention_backward.py",
-        '    delta = tl.where(lse == -float("inf"), 0.0, delta)',
-        '    delta = tl.where(lse == float("inf"), 0.0, delta)',
-        "a row that sees nothing has no gradient; its sink would get one",
-        kernels("attention", "gradients and everything"),
+        "            dropped = p * tl.where(keep, keep_scale, 0.0)  # a NaN stays one when dropped",
+        "            dropped = p * tl.where(keep, 1.0, 0.0)  # a NaN stays one when dropped",
+        "the other two gradients are right",
+        kernels("attention", "gradients and dropout"),
         env=tuple(INTERPRET.items()),
     ),
     Mutant(
