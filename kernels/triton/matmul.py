@@ -427,8 +427,29 @@ def prepare(a, b, bias=None, residual=None, y=None, preactivation=None, *, activ
     and no split whatever the size."""
     if y.numel() == 0:
         return []
-    n, k = y.shape[-1], a.shape[-1]
     sizes, m, strides = fold(a, b, residual, y, preactivation)
+    return folded_launches(
+        a,
+        b,
+        bias,
+        residual,
+        y,
+        preactivation,
+        sizes,
+        m,
+        y.shape[-1],
+        a.shape[-1],
+        strides,
+        activation,
+        allow_tf32,
+        config,
+    )
+
+
+def folded_launches(
+    a, b, bias, residual, y, preactivation, sizes, m, n, k, strides, activation=0, allow_tf32=False, config=None
+):
+    """`prepare` once the loops are known: the operands' own shapes and strides are not looked at, only their memory."""
     batch = product(sizes)
     config, invariant = read_config(config)
     forced, stored = config.pop("descriptors", None), config.pop("stored", None)

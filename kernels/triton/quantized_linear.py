@@ -9,7 +9,7 @@ Where the scales are applied (`place`):
     "end"    one scale a row of the weight: on the finished sum.
     "late"   on the partial product of each group: exact elements go to the matrix units, and few rows of x make this
              cheaper than scaling every element.
-    "early"  on the elements, which are then rounded to x's dtype.
+    "early"  on the elements, which are then rounded to x's dtype; not to float16, which may not hold them.
 
 Few rows of x: the weight's bytes are the cost, k is split over SPLIT_K programs, and a second kernel adds their
 partial sums in order. Dynamic schemes quantise x first (one read of x, half its bytes written); integer sums are exact.
@@ -29,6 +29,8 @@ from ._launch import Launch, Scratch
 from ._layout import (
     MAX_GRID,
     architecture,
+    cheapest,
+    dtype_name,
     loops,
     next_power,
     override,
@@ -237,7 +239,7 @@ def quantized_linear_kernel(
     # both runs of a step in one group
     JOINED: tl.constexpr = FOUR_BIT and (GROUP == 0 or GROUP >= 128)
     acc = tl.zeros([BLOCK_N, BLOCK_M], TOTAL)
-    sums = tl.zeros([BLOCK_M], tl.int32)
+    sums = tl.zeros([BLOCK_M], SUM)
     span = tl.cdiv(chunks, SPLIT_K)
     first = split * span
     for chunk in range(first, tl.minimum(chunks, first + span)):
@@ -256,7 +258,7 @@ def quantized_linear_kernel(
                 here = byte + tl.arange(0, CHUNK) < k
                 code = tl.load(code_at + byte, mask=col_mask[:, None] & here[None, :], other=0.0)
         part = tl.zeros([BLOCK_N, BLOCK_M], SUM)
-        part_sums = tl.zeros([BLOCK_M], tl.int32)
+        part_sums = tl.zeros([BLOCK_M], SUM)
         for run in tl.static_range(RUNS):
             at = start + 64 * run
             x = x_tile(x_at, x_step, at, k, row_mask, CHUNK, EVEN_K, OPERAND)
@@ -279,13 +281,13 @@ def quantized_linear_kernel(
             if PLACE == "late":
                 part = tl.dot(value, x, part, input_precision=PRECISION, out_dtype=SUM)
                 if FLOAT_ZERO:
-                    part_sums += tl.sum(x.to(tl.int32), axis=0)
+                    part_sums += tl.sum(x.to(SUM), axis=0)
                 if run == RUNS - 1 or not JOINED:
                     acc += part.to(tl.float32) * scale[:, None]
                     if FLOAT_ZERO:
                         zero = tl.load(zeros_at + group, mask=inside, other=0.0).to(tl.float32)
                         acc += zero[:, None] * part_sums.to(tl.float32)[None, :]
-                        part_sums = tl.zeros([BLOCK_M], tl.int32)
+                        part_sums = tl.zeros([BLOCK_M], SUM)
                     part = tl.zeros([BLOCK_N, BLOCK_M], SUM)
             else:
                 # Hopper sums e4m3 products to 14 bits or so within one instruction, and only that far here
@@ -298,7 +300,7 @@ def quantized_linear_kernel(
                     max_num_imprecise_acc=CHUNK if value.dtype == tl.float8e4nv else None,
                 )
                 if FLOAT_ZERO:
-                    sums += tl.sum(x.to(tl.int32), axis=0)
+                    sums += tl.sum(x.to(SUM), axis=0)
     if SPLIT_K == 1:
         z = finish(acc, sums, scales_ptr, zeros_ptr, global_ptr, row_scales_ptr, cols, rows, n, m, groups, PLACE,
                    SCALES, ELEMENT == "e2m1", FLOAT_ZERO)  # fmt: skip
@@ -370,7 +372,7 @@ def quantized_linear_combine_kernel(
     mask = (rows < m)[None, :] & (cols < n)[:, None]
     step = tl.cast(m, tl.int64) * n
     acc = tl.zeros([BLOCK_N, BLOCK_M], partial_ptr.dtype.element_ty)
-    sums = tl.zeros([BLOCK_M], tl.int32)
+    sums = tl.zeros([BLOCK_M], sums_ptr.dtype.element_ty if FLOAT_ZERO else tl.float32)
     for part in range(SPLIT_K):
         acc += tl.load(partial_ptr + part * step + at, mask=mask, other=0)
         if FLOAT_ZERO:
@@ -567,35 +569,99 @@ TILES = {
 INTENSITY = {"hopper": 148, "blackwell": 140, "ampere": 80, "consumer": 82, "cdna": 123}
 
 
-def choose(m, n, k, depth, family, sms, invariant=False):
-    """The configuration with the least modelled time; `depth`: elements of k that one step takes."""
-    tiles = TILES[family]
-    bm, bn, warps, stages, _ = tiles[0]
-    steps, split = triton.cdiv(k, depth), 1
-    if m <= 16 and not invariant and family != "float32":
-        # bandwidth: slices of k until all multiprocessors are busy, each long enough to stream
-        bm, bn, warps, stages, _ = tiles[-1]
-        while triton.cdiv(n, bn) * split < 1.5 * sms and steps // (2 * split) >= 4:
-            split *= 2
-    elif not invariant:
-        best = None
-        for bm, bn, warps, stages, share in tiles:
-            if bm > 16 and bm >= 2 * next_power(m):
-                continue
-            grid = triton.cdiv(m, bm) * triton.cdiv(n, bn)
-            for split in (1, 2, 4, 8, 16):
-                if split > 1 and (grid * split > 4 * sms or steps // split < 4):
-                    break
-                waves = triton.cdiv(grid * split, sms)
-                # cycles, as in matmul.py: the matrix units at their share, each program's start and end, and for a
-                # split the launch and the bytes of the second kernel
-                time = waves * (bm * bn * depth * triton.cdiv(steps, split) / (2048 * share) + 2500)
-                if split > 1:
-                    time += 5000 + 8.0 * m * n * split / min(sms, m * n // 2048 + 1) / 16
-                if best is None or time < best[0]:
-                    best = (time, bm, bn, warps, stages, split)
-        _, bm, bn, warps, stages, split = best
+def modelled(m, n, k, depth, family, sms):
+    """[(cycles, config), ...] of the family's tiles with k whole or split; `depth`: elements of k that a step takes."""
+    found, steps = [], triton.cdiv(k, depth)
+    for bm, bn, warps, stages, share in TILES[family]:
+        if bm > 16 and bm >= 2 * next_power(m):
+            continue
+        grid = triton.cdiv(m, bm) * triton.cdiv(n, bn)
+        for split in (1, 2, 4, 8, 16):
+            if split > 1 and (grid * split > 4 * sms or steps // split < 4):
+                break
+            waves = triton.cdiv(grid * split, sms)
+            # as in matmul.py: the matrix units at their share, each program's start and end, and for a split the launch
+            # and the bytes of the second kernel
+            time = waves * (bm * bn * depth * triton.cdiv(steps, split) / (2048 * share) + 2500)
+            if split > 1:
+                time += 5000 + 8.0 * m * n * split / min(sms, m * n // 2048 + 1) / 16
+            found.append((time, _config(bm, bn, split, warps, stages)))
+    return cheapest(found)
+
+
+def _config(bm, bn, split, warps, stages):
     return {"BLOCK_M": bm, "BLOCK_N": bn, "GROUP_M": 8, "SPLIT_K": split, "num_warps": warps, "num_stages": stages}
+
+
+def choose(m, n, k, depth, family, sms, invariant=False):
+    """The configuration with the least modelled time."""
+    if invariant:  # rows must not depend on how many there are: one tile, no split
+        bm, bn, warps, stages, _ = TILES[family][0]
+        return _config(bm, bn, 1, warps, stages)
+    if m > 16 or family == "float32":
+        return modelled(m, n, k, depth, family, sms)[0][1]
+    # bandwidth: slices of k until all multiprocessors are busy, each long enough to stream
+    bm, bn, warps, stages, _ = TILES[family][-1]
+    split = 1
+    while triton.cdiv(n, bn) * split < 1.5 * sms and triton.cdiv(k, depth) // (2 * split) >= 4:
+        split *= 2
+    return _config(bm, bn, split, warps, stages)
+
+
+def step_bytes(how, group, itemsize):
+    """Bytes of a weight row that a step takes; `itemsize`: of an element on the matrix units."""
+    if how.bits == 4:
+        return 32 if group == 32 else 64
+    if how.dynamic is not None and group:
+        return group  # a group's integers are summed before its scale
+    return min(128 // itemsize, group or 128)
+
+
+def problem(
+    x, packed, scales, zeros=None, global_scale=None, bias=None, residual=None, y=None, preactivation=None, *,
+    scheme, group_size, activation=0, allow_tf32=False,
+):  # fmt: skip
+    """What a tuned configuration depends on: words and truths must be equal, numbers near."""
+    return {
+        "dtype": dtype_name(x.dtype),
+        "tf32": bool(allow_tf32),
+        "scheme": f"{int(scheme)} in groups of {int(group_size)}",
+        "zeros": "none" if zeros is None else dtype_name(zeros.dtype),
+        "m": y.numel() // max(1, y.shape[-1]),
+        "n": y.shape[-1],
+        "k": x.shape[-1],
+    }
+
+
+def candidates(problem, device):
+    """[(modelled cycles, config), ...] for `isotile tune`, least first."""
+    m, n, k = (problem[name] for name in ("m", "n", "k"))
+    scheme, group = (int(word) for word in problem["scheme"].split(" in groups of "))
+    how, family, sms = FORMATS[scheme], product_kernels.family(), units(device)
+    itemsize = getattr(torch, problem["dtype"]).itemsize if how.dynamic is None else how.dynamic.itemsize
+    depth = step_bytes(how, max(0, group), itemsize) * (8 // how.bits)
+    if problem["dtype"] == "float32" and not problem["tf32"] and how.dynamic is None:
+        family = "float32"
+    found = [
+        # ties stay in the order of the family's own choice
+        (time * (1.0 + 0.01 * (more != 0)), {**config, "num_stages": max(1, config["num_stages"] + more)})
+        for time, config in modelled(m, n, k, depth, family, sms)
+        for more in (0, 1, -1)
+    ]
+    if m <= 16:
+        for bn, warps, stages in ((32, 2, 6), (32, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 3)):
+            for split in (1, 2, 4, 8, 16):
+                if split == 1 or triton.cdiv(k, depth) // split >= 2:
+                    waves = max(triton.cdiv(n, bn) * split / (2 * sms), 1.0)
+                    time = waves * (bn * k / split / 16 + 2500) + 5000 * (split > 1)
+                    found.append((time, _config(16, bn, split, warps, stages)))
+    elif how.dynamic is None and problem["dtype"] == "bfloat16" and family in INTENSITY:
+        product_cycles = product_kernels.candidates(
+            {"dtype": "bfloat16", "tf32": False, "loaded": False, "batch": 1, "m": m, "n": n, "k": k}, device
+        )[0][0]
+        moved = n * k * (how.bits / 8 + 2) * INTENSITY[family] / (2048 * sms)
+        found.append((product_cycles + moved + 5000, {"dense": True}))
+    return cheapest(found)
 
 
 def has_e4m3():
@@ -642,16 +708,12 @@ def prepare(
     zero = "none"
     if how.element == "int4":
         zero = "middle" if zeros is None else "integer" if zeros.dtype == torch.uint8 else "float"
-    if how.bits == 4:
-        chunk = 32 if group == 32 else 64
-    else:
-        chunk = 128 // operand.itemsize
-        chunk = group if how.dynamic is not None and group else min(chunk, group or chunk)
+    chunk = step_bytes(how, group, operand.itemsize)
     if dense is None:
         dense = (
             how.dynamic is None
             and not invariant
-            and x.dtype != torch.float32
+            and x.dtype == torch.bfloat16
             and family in INTENSITY
             and sizes[0] * sizes[1] == 1
             and m * (1 / TILES[family][0][-1] - 1) > INTENSITY[family] * (how.bits / 8 + 2)
@@ -676,16 +738,16 @@ def prepare(
         choose(m, n, k, depth, "float32" if exact and family != "interpreter" else family, units(x.device), invariant),
         config,
     )
-    if how.dynamic is not None:
-        place = "late" if group else "end"
-    elif zero == "float" or group == 16:
+    if group == 16:
+        place = "early"  # exact in every dtype
+    elif how.dynamic is not None or x.dtype == torch.float16:
+        place = "late" if group else "end"  # float16 holds q - zero, but not what every scale makes of it
+    elif zero == "float":
         place = "early"
     elif not group:
         place = "end"
-    elif meta["BLOCK_M"] <= 32 or (how.element == "e2m1" and x.dtype == torch.float16):
-        place = "late"  # float16 does not hold the scales of mxfp4
     else:
-        place = "early"
+        place = "late" if meta["BLOCK_M"] <= 32 else "early"
     launches, rows, row_scales = [], x, None
     if how.dynamic is not None:
         width = max(triton.cdiv(k, RUN), 1) * RUN
@@ -715,7 +777,7 @@ def prepare(
     partial = sums = None
     if split > 1:
         partial = Scratch((split, m, n), torch.int32 if whole_sums else torch.float32)
-        sums = Scratch((split, m), torch.int32) if float_zero else None
+        sums = Scratch((split, m), torch.int32 if operand == torch.int8 else torch.float32) if float_zero else None
     bias_stride = bias.strides[0] if bias is not None else 0
     is_wide = any((size + 256) * s[4] >= 2**31 for size, s in ((k, x_strides), *((n, s) for s in out_strides)))
     is_wide = is_wide or (n + 256) * bias_stride >= 2**31
@@ -787,17 +849,13 @@ def dense_launches(
         {**common, "BLOCK_N": 32, "num_warps": 4},
     )
     # the innermost loop is m, the others are a batch that shares the weight
-    batch, m = (1, *sizes[:2]), sizes[2]
     shifted = [(0, *s[:3], s[4]) for s in strides]
-    operands = [shifted[0], (0, 0, 0, 1, stride), *shifted[1:]]
-    loaded = activation != 0 or residual is not None or preactivation is not None
-    meta = product_kernels.choose(product(batch), m, n, k, x.dtype, tf32, units(x.device), invariant, loaded)
-    given = (x, weight, bias, residual, y, preactivation, batch, product(batch), m, n, k, operands, activation, tf32)
-    plain = product_kernels.pointer_launches(*given, meta)
-    if invariant or meta["SPLIT_K"] > 1:
-        return [unpack, *plain]
-    found = product_kernels._matmul_descriptor.launches(*given, meta, plain, None)
-    return [unpack, *(found or plain)]
+    product_launches = product_kernels.folded_launches(
+        x, weight, bias, residual, y, preactivation, (1, *sizes[:2]), sizes[2], n, k,
+        [shifted[0], (0, 0, 0, 1, stride), *shifted[1:]], activation, tf32,
+        {"batch_invariant": invariant},
+    )  # fmt: skip
+    return [unpack, *product_launches]
 
 
 OPERANDS = {

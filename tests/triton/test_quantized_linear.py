@@ -65,7 +65,7 @@ def numbers(scheme, group_size):
 @pytest.mark.parametrize("scheme,group_size,zeros", FORMATS)
 def test_every_format_under_every_configuration(scheme, group_size, zeros, config):
     dynamic = _quantized.SCHEMES[scheme].dynamic is not None
-    dtype = FLOATS[(len(scheme) + CONFIGS.index(config)) % 3]
+    dtype = FLOATS[(FORMATS.index((scheme, group_size, zeros)) + CONFIGS.index(config)) % 3]
     if dynamic and "dense" in config:
         config = {"e4m3": False}
     m, n, k = 18, 65, 200
@@ -121,3 +121,25 @@ def test_no_rows_and_no_columns():
             inputs = {"x": torch.randn(m, k), **parts, "bias": torch.ones(n)}
             run("quantized_linear", inputs, {"y": y}, **numbers(scheme, -1))
             assert k > 0 or torch.equal(y, torch.ones(m, n))
+
+
+@pytest.mark.parametrize("zeros", (None, "integer", "float"))
+def test_float16_meets_no_scale_that_it_cannot_hold(zeros):
+    x = torch.randn(70, 256).half()
+    for scheme, group_size in (("int4", 32), ("int4", -1), ("mxfp4", 32)):
+        if scheme == "mxfp4" and zeros is not None:
+            continue
+        parts = weight(scheme, group_size, zeros, 40, 256)
+        if scheme == "mxfp4":
+            parts["scales"] = torch.where(torch.rand(parts["scales"].shape) < 0.5, 90, 150).to(torch.uint8)
+        else:
+            parts["scales"] = parts["scales"] * torch.tensor([1e7, 1e-9]).bfloat16()[torch.randint(0, 2, (40, 1))]
+        y = poisoned((70, 40))
+        run("quantized_linear", {"x": x, **parts}, {"y": y}, **numbers(scheme, group_size))
+        want, _ = product(x, parts, scheme, group_size)
+        # column by column, since their sizes are far apart
+        size = (
+            x.double().abs()
+            @ _quantized.dequantized(*parts.values(), scheme, group_size, 256, torch.float64, magnitude=True).mT
+        )
+        assert ((y.double() - want).abs() <= 2.0**-20 * size + 1e-30).all()

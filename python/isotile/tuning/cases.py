@@ -142,7 +142,7 @@ def quantized_cases(v, bf16, f16, f32):
         )
     ):
         groups = 1 if group_size == -1 else 4096 // group_size
-        for m, dtype in ((1, bf16), (256, bf16), (8192, f16)):
+        for m, dtype in ((1, bf16), (256, f16), (8192, bf16)):
             yield (
                 "quantized_linear",
                 f"{scheme} {str(dtype)[6:]} {m}x4096x4096",
