@@ -268,7 +268,7 @@ def test_a_wrong_gradient_kernel_fails_the_gradients_of_the_forward_operator(tmp
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_leaves_valid_files(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_valid_files(tmp_path, monkeypatch, capsys):
     ran = []
     example = Verifier.example
 
@@ -281,6 +281,7 @@ def test_an_interrupted_run_leaves_valid_files(tmp_path, monkeypatch):
     monkeypatch.setattr(Verifier, "example", until_ctrl_c)
     code, found = verify(tmp_path, "softmax", "rms_norm", "--backends", "cpu")
     assert code == 130
+    assert "incomplete: interrupted" in capsys.readouterr().out
     jsonschema.validate(found, report.schema())
     assert (found["verdict"], found["complete"], found["stopped"]) == ("incomplete", False, "interrupted")
     assert len(found["examples"]) == 4

@@ -316,7 +316,8 @@ def gradient_formula(subject: Subject) -> None:
         if wide["scalars"].get(name):
             wide["scalars"][name] = None
     for name, described in recipe["tensors"].items():
-        own = "float64" if described["dtype"] in ("float32", "bfloat16", "float16") else described["dtype"]
+        widens = getattr(torch, described["dtype"]).is_floating_point and torch.float64 in spec.tensors[name].dtypes
+        own = "float64" if widens else described["dtype"]
         wide["tensors"][name] = {**described, "dtype": own, "layout": "contiguous"}
     call = build(wide, subject.device)
     leaves = _leaves(spec, call.values)

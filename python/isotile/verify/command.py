@@ -23,7 +23,7 @@ from .run import Verifier
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 #: Seconds between writes of the report so far, which is what a killed run leaves.
 CHECKPOINT_S = 20
-EXAMPLES, SAMPLES = 24, 8
+EXAMPLES, SAMPLES = 48, 8
 
 
 def main(argv: Sequence[str]) -> int:
@@ -271,6 +271,8 @@ def _summary(found: dict[str, Any], console: Any) -> None:
             console.print(
                 f"  {claim['failures'][0]['message']}\n  repeat: {claim['failures'][0]['repeat']}", markup=False
             )
+    if not found["complete"]:
+        console.print(f"[yellow]incomplete: {found['stopped']}[/]")
     counts = found["counts"]
     examples = len(found["examples"])
     minutes = max(found["elapsed_s"], 1e-9) / 60
