@@ -1,6 +1,8 @@
 """The C++ matmul family straight through `_C.plan`: layouts and sizes that steer it into each of its inner paths."""
 
+import ctypes
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -199,6 +201,30 @@ def test_many_chunks(isa, dtype):
         run(isa, "matmul", [a[m // 2 : m // 2 + 1], b, None, None, alone, None], [0])
         assert torch.equal(alone, y[m // 2 : m // 2 + 1])
         check()
+
+
+def at_the_end_of_memory(x):
+    """A copy of a matrix whose last element is the last that may be read: beyond it lies a page without access."""
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    rows = x.mT if x.stride(-1) != 1 else x
+    pages = -(-rows.numel() * x.element_size() // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * page
+    assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+    flat = torch.frombuffer(memory, dtype=torch.uint8)[: pages * page].view(x.dtype)
+    copy = flat[-rows.numel() :].view(rows.shape).copy_(rows)
+    return copy.mT if x.stride(-1) != 1 else copy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_nothing_beyond_the_last_element_is_read(isa, dtype):
+    g = torch.Generator().manual_seed(9)
+    for (m, k, n), la, lb in itertools.product(
+        [(1, 64, 33), (5, 65, 64), (17, 96, 47), (40, 33, 70)], ("rows", "columns"), ("rows", "columns")
+    ):
+        a, b = (at_the_end_of_memory(draw(s, dtype, layout, g)) for s, layout in (((m, k), la), ((k, n), lb)))
+        check_matmul(isa, a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
