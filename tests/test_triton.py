@@ -65,6 +65,7 @@ class EveryOperator(torch.nn.Module):
             parameter(32, 32),
         )
         self.experts = parameter(2, 32, 32)
+        self.quantized = isotile.quantize(torch.randn(32, 32, generator=generator) / 8, "int8")
 
     def forward(self, x):
         y, x = isotile.layer_norm(x, 32, self.gain, self.bias, residual=x)
@@ -73,6 +74,7 @@ class EveryOperator(torch.nn.Module):
         y = isotile.matmul(
             isotile.rms_norm(x, 32, self.gain), self.second, bias=self.bias, activation="gelu", residual=x
         )
+        y = isotile.quantized_linear(y, self.quantized)
         ends = torch.tensor([9, 20], dtype=torch.int32, device=x.device)
         return isotile.softmax(isotile.grouped_matmul(y, self.experts, ends), -1)
 
