@@ -14,11 +14,12 @@
 #include "base/scratch.h"
 #include "base/tensor_view.h"
 #include "simd/math.h"
+#include "simd/tile.h"
 #include "simd/vec.h"
 
 namespace isotile::ISOTILE_ISA::attention_detail {
 
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6;  // of the register tile
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileVecs = 4;  // 6 x 4 accumulators of 32 registers
 #else
@@ -44,14 +45,17 @@ struct Arena {
 ISOTILE_INLINE float exp2_scalar(float x) { return __builtin_exp2f(x); }
 ISOTILE_INLINE double exp2_scalar(double x) { return __builtin_exp2(x); }
 
-// How operands of dtype T are packed. A word holds kPair neighbours along the reduced dimension.
+// How operands of dtype T are packed. A word holds kPair neighbours along the reduced dimension. With kTiles the
+// products go over matrix tiles (tile.h), else over the register tile below. Rows are taken kStrip at a time, columns
+// in multiples of kColumns, and the words of the reduced dimension in multiples of kDepth.
 template <class T>
 struct Packed {
   using Acc = Accumulator<T>;
   using Elem = Acc;
   using Word = Acc;
   using BVec = Vec<Acc>;
-  static constexpr int kPair = 1;
+  static constexpr int kPair = 1, kStrip = kTileRows, kColumns = Vec<Acc>::kLanes, kDepth = 1;
+  static constexpr bool kTiles = false;
   static ISOTILE_INLINE BVec load(const Word* p) { return Vec<Acc>::load(p); }
   static ISOTILE_INLINE BVec splat(const Word* p) { return Vec<Acc>::set1(*p); }
   static ISOTILE_INLINE Vec<Acc> dot(BVec a, BVec b, Vec<Acc> c) { return fma(a, b, c); }
@@ -63,7 +67,9 @@ struct Packed<BFloat16> {
   using Elem = uint16_t;
   using Word = uint32_t;
   using BVec = __m512bh;
-  static constexpr int kPair = 2;
+  static constexpr bool kTiles = ISOTILE_HAS_TILES;
+  static constexpr int kPair = 2, kStrip = kTiles ? 64 : kTileRows;
+  static constexpr int kColumns = kTiles ? 32 : 16, kDepth = kTiles ? 16 : 1;
   static ISOTILE_INLINE BVec load(const Word* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static ISOTILE_INLINE BVec splat(const Word* p) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*p)); }
   static ISOTILE_INLINE Vec<float> dot(BVec a, BVec b, Vec<float> c) { return Vec<float>{_mm512_dpbf16_ps(c.v, b, a)}; }
@@ -132,12 +138,17 @@ constexpr int lanes() {
 }
 template <class T>
 constexpr int panel_width() {
-  return kTileVecs * lanes<T>();
+  return Packed<T>::kTiles ? 16 : kTileVecs * lanes<T>();
 }
 // Words in a natural (row-major) packed row of n elements.
 template <class T>
 ISOTILE_INLINE int64_t row_words(int64_t n) {
   return max64(round_up((n + Packed<T>::kPair - 1) / Packed<T>::kPair, lanes<T>()), lanes<T>());
+}
+// Words of the reduced dimension of n elements that products go over.
+template <class T>
+ISOTILE_INLINE int64_t depth_words(int64_t n) {
+  return round_up((n + Packed<T>::kPair - 1) / Packed<T>::kPair, Packed<T>::kDepth);
 }
 // Columns of an accumulator row, and of a row of pairs.
 template <class T>
@@ -157,6 +168,85 @@ ISOTILE_INLINE void store_weights(Vec<float> x, BFloat16* to) {
   x.store(to);
 #endif
 }
+
+#if ISOTILE_HAS_TILES
+constexpr tiles::Config kAllTiles = tiles::Config::uniform();
+
+// c [16 kRows, 16 kColumns] = (or +=) a [16 kRows, 16 steps words] . b, with b's columns 16 .. 31 b_next bytes behind
+// the first; all strides in bytes.
+template <int kRows, int kColumns, bool kAdd>
+ISOTILE_INLINE void tile_block(const char* a, int64_t a_row, const char* b, int64_t b_row, int64_t b_next,
+                               int64_t steps, char* c, int64_t c_row) {
+  const char* a1 = a + 16 * a_row;
+  const char* b1 = b + b_next;
+  char* c1 = c + 16 * c_row;
+  if constexpr (kAdd) {
+    tiles::load<0>(c, c_row);
+    if constexpr (kColumns == 2) tiles::load<1>(c + 64, c_row);
+    if constexpr (kRows == 2) tiles::load<2>(c1, c_row);
+    if constexpr (kRows == 2 && kColumns == 2) tiles::load<3>(c1 + 64, c_row);
+  } else {
+    tiles::zero<0>();
+    if constexpr (kColumns == 2) tiles::zero<1>();
+    if constexpr (kRows == 2) tiles::zero<2>();
+    if constexpr (kRows == 2 && kColumns == 2) tiles::zero<3>();
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    tiles::load<4>(a + s * 64, a_row);
+    tiles::load<6>(b + s * 16 * b_row, b_row);
+    tiles::dot_bf16<0, 4, 6>();
+    if constexpr (kColumns == 2) {
+      tiles::load<7>(b1 + s * 16 * b_row, b_row);
+      tiles::dot_bf16<1, 4, 7>();
+    }
+    if constexpr (kRows == 2) {
+      tiles::load<5>(a1 + s * 64, a_row);
+      tiles::dot_bf16<2, 5, 6>();
+      if constexpr (kColumns == 2) tiles::dot_bf16<3, 5, 7>();
+    }
+  }
+  tiles::store<0>(c, c_row);
+  if constexpr (kColumns == 2) tiles::store<1>(c + 64, c_row);
+  if constexpr (kRows == 2) tiles::store<2>(c1, c_row);
+  if constexpr (kRows == 2 && kColumns == 2) tiles::store<3>(c1 + 64, c_row);
+}
+
+// rows x columns, both multiples of 16; b_next as above, between every two neighbouring sixteens of columns.
+template <bool kAdd>
+ISOTILE_INLINE void tile_product(int64_t rows, int64_t columns, const void* a, int64_t a_row, const void* b,
+                                 int64_t b_row, int64_t b_next, int64_t steps, float* c, int64_t c_row) {
+  for (int64_t i = 0; i < rows; i += 32) {
+    const char* from_a = static_cast<const char*>(a) + i * a_row;
+    for (int64_t j = 0; j < columns; j += 32) {
+      const char* from_b = static_cast<const char*>(b) + j / 16 * b_next;
+      char* to = reinterpret_cast<char*>(c) + i * c_row + j * 4;
+      const bool two_rows = rows - i > 16, two_columns = columns - j > 16;
+      if (two_rows && two_columns) {
+        tile_block<2, 2, kAdd>(from_a, a_row, from_b, b_row, b_next, steps, to, c_row);
+      } else if (two_rows) {
+        tile_block<2, 1, kAdd>(from_a, a_row, from_b, b_row, b_next, steps, to, c_row);
+      } else if (two_columns) {
+        tile_block<1, 2, kAdd>(from_a, a_row, from_b, b_row, b_next, steps, to, c_row);
+      } else {
+        tile_block<1, 1, kAdd>(from_a, a_row, from_b, b_row, b_next, steps, to, c_row);
+      }
+    }
+  }
+}
+#endif
+
+// What a task opens before its products.
+template <class T>
+struct ProductScope {
+#if ISOTILE_HAS_TILES
+  tiles::Scope scope;
+  ISOTILE_INLINE ProductScope() {
+    if constexpr (Packed<T>::kTiles) scope.use(kAllTiles);
+  }
+#else
+  ISOTILE_INLINE ProductScope() {}
+#endif
+};
 
 // Six rows against transposed panels: c[6][c0, c1) = a . panels, c0 and c1 multiples of the lanes.
 template <class T>
@@ -181,6 +271,43 @@ ISOTILE_INLINE void tile_rows(const typename Packed<T>::Word* a, int64_t a_row, 
     tile<T, kStart>(static_cast<int>((min64(columns, j + kWidth) - j) / lanes<T>()), a, a_row, a_k, b + j, b_k, kk,
                     c + j, c_row, factor);
   }
+}
+
+template <class A>
+ISOTILE_INLINE void scale_row(A* row, int64_t columns, A factor) {
+  if (factor == 1) return;
+  const Vec<A> f = Vec<A>::set1(factor);
+  for (int64_t i = 0; i < columns; i += Vec<A>::kLanes) (Vec<A>::load(row + i) * f).store(row + i);
+}
+// A strip of `rows` rows against transposed panels: c[rows][c0, c1) = a . panels; c0 and c1 multiples of kColumns.
+template <class T>
+ISOTILE_INLINE void strip_panels(int64_t rows, const typename Packed<T>::Word* a, int64_t a_row,
+                                 const typename Packed<T>::Word* panels, int64_t kk, int64_t c0, int64_t c1,
+                                 Accumulator<T>* c, int64_t c_row) {
+#if ISOTILE_HAS_TILES
+  if constexpr (Packed<T>::kTiles) {
+    tile_product<false>(rows, c1 - c0, a, 4 * a_row, panels + c0 * kk, 64, 64 * kk, kk / 16, c + c0, 4 * c_row);
+    return;
+  }
+#endif
+  (void)rows;
+  tile_panels<T>(a, a_row, panels, kk, c0, c1, c, c_row);
+}
+// A strip against row-major b [kk words, columns]: c = c (kScale: times a factor for each row) + a . b; kk a multiple
+// of kDepth.
+template <class T, Start kStart>
+ISOTILE_INLINE void strip_rows(int64_t rows, const typename Packed<T>::Word* a, int64_t a_row,
+                               const typename Packed<T>::Word* b, int64_t kk, int64_t columns, Accumulator<T>* c,
+                               int64_t c_row, const Accumulator<T>* factor) {
+#if ISOTILE_HAS_TILES
+  if constexpr (Packed<T>::kTiles) {
+    for (int64_t r = 0; kStart == Start::kScale && r < rows; ++r) scale_row(c + r * c_row, columns, factor[r]);
+    tile_product<true>(rows, columns, a, 4 * a_row, b, 4 * columns, 64, kk / 16, c, 4 * c_row);
+    return;
+  }
+#endif
+  (void)rows;
+  tile_rows<T, kStart>(a, a_row, 1, b, columns, kk, columns, c, c_row, factor);
 }
 
 // ---- packing ----
@@ -265,6 +392,34 @@ ISOTILE_INLINE void transpose_16x16(const void* from, int64_t from_row, void* to
     _mm512_storeu_ps(dst + (8 + c) * to_row, _mm512_maskz_shuffle_f32x4(kAll, p, s, 0xdd));
     _mm512_storeu_ps(dst + (12 + c) * to_row, _mm512_maskz_shuffle_f32x4(kAll, q, t, 0xdd));
   }
+}
+#endif
+
+#if defined(__AVX512F__)
+// Lane i: v[i]'s lanes combined, each in the same order.
+template <class Combine>
+ISOTILE_INLINE Vec<float> combine_16(const Vec<float>* v, const Combine& combine) {
+  constexpr __mmask16 kAll = 0xffff;
+  const auto both = [&combine](__m512 a, __m512 b) { return combine(Vec<float>{a}, Vec<float>{b}).v; };
+  __m512 t[8], u[4], w[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[i] = both(_mm512_maskz_unpacklo_ps(kAll, v[2 * i].v, v[2 * i + 1].v),
+                _mm512_maskz_unpackhi_ps(kAll, v[2 * i].v, v[2 * i + 1].v));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = both(_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, x, y)),
+                _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, x, y)));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; ++i) {
+    w[i] = both(_mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0x88),
+                _mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0xdd));
+  }
+  return Vec<float>{both(_mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0x88),
+                         _mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0xdd))};
 }
 #endif
 
@@ -359,11 +514,11 @@ struct Outcasts {
     }
     return cleaned;
   }
-  // to[0, n) += weight * row
-  ISOTILE_INLINE void add(int64_t row, A weight, A* to, int64_t n) const {
+  // to[0, n) += weight * row; to's elements are `stride` apart.
+  ISOTILE_INLINE void add(int64_t row, A weight, A* to, int64_t n, int64_t stride = 1) const {
     const A* x = values + row * width;
     for (int64_t i = 0; i < n; ++i) {
-      if (x[i] != 0) to[i] += weight * x[i];
+      if (x[i] != 0) to[i * stride] += weight * x[i];
     }
   }
 };
@@ -483,6 +638,16 @@ struct Row {
   double slope;
   const char* mask;  // its row of the mask
 };
+
+// f(i) for i < count, by as many threads as `work` multiply-adds in all are worth: waking one costs some microseconds.
+template <class F>
+ISOTILE_INLINE void run_tasks(const Problem& p, int64_t count, const F& f) {
+  constexpr double kSerialWork = 1 << 18;
+  const double work = static_cast<double>(p.batch * p.hk) * static_cast<double>(p.rows * p.sk) *
+                      static_cast<double>(p.d + p.dv);
+  if (work > kSerialWork) return parallel_dynamic(count, f);
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
 
 // One batch entry and key/value head.
 struct Group {

@@ -16,38 +16,12 @@ constexpr int kDecodeSums = 16;  // accumulators
 constexpr int kDecodeSums = 8;
 #endif
 
-#if defined(__AVX512F__)
-// Lane i: the sum of v[i], each in the same order.
-ISOTILE_INLINE __m512 sum_16(const Vec<float>* v) {
-  constexpr __mmask16 kAll = 0xffff;
-  __m512 t[8], u[4], w[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[i] = _mm512_add_ps(_mm512_maskz_unpacklo_ps(kAll, v[2 * i].v, v[2 * i + 1].v),
-                         _mm512_maskz_unpackhi_ps(kAll, v[2 * i].v, v[2 * i + 1].v));
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) {
-    const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
-    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, x, y)),
-                         _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, x, y)));
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 2; ++i) {
-    w[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0x88),
-                         _mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0xdd));
-  }
-  return _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0x88),
-                       _mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0xdd));
-}
-#endif
-
 // out[i] = sum of v[i], i < kDecodeSums.
 template <class A>
 ISOTILE_INLINE void reduce_each(const Vec<A>* v, A* out) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) {
-    Vec<A>{sum_16(v)}.store(out);
+    combine_16(v, [](Vec<A> a, Vec<A> b) { return a + b; }).store(out);
     return;
   }
 #endif
@@ -204,8 +178,13 @@ struct DecodeTask {
     W* q;
     A *scores, *keep;
     Row* row;
+    A *maximum, *sum;
+    SoftmaxStep<A>* step;
     const auto cut = [&] {
       q = arena.take<W>(rows * words);
+      maximum = arena.take<A>(rows);
+      sum = arena.take<A>(rows);
+      step = arena.take<SoftmaxStep<A>>(1);
       scores = arena.take<A>(rows * kDecodeBlock);
       keep = arena.take<A>(kDecodeBlock);
       row = arena.take<Row>(rows);
@@ -221,8 +200,8 @@ struct DecodeTask {
       ragged = ragged || row[r].lo != row[0].lo || row[r].hi != row[0].hi;
       A* to = partial_of(b * p.hk + kv_head, part, r);
       for (int64_t i = 0; i < columns; ++i) to[i] = 0;
-      to[columns] = -static_cast<A>(__builtin_inf());
-      to[columns + 1] = 0;
+      to[columns] = maximum[r] = -static_cast<A>(__builtin_inf());
+      to[columns + 1] = sum[r] = 0;
       if (row[r].lo >= row[r].hi) continue;
       lo = min64(lo, row[r].lo);
       hi = max64(hi, row[r].hi);
@@ -246,13 +225,12 @@ struct DecodeTask {
         key_products<T, decltype(size)::value>(k, keys.stride_seq, p.d, q + r * words, words, n - c0,
                                                scores + r * kDecodeBlock + c0, kDecodeBlock);
       });
-      for (int64_t r = 0; r < rows; ++r) {
-        A* to = o + r * o_row;
-        const A correction = softmax_step<A>(p, row[r], b, k0, c0, c1, scores + r * kDecodeBlock, keep,
-                                             scores + r * kDecodeBlock, to + columns, to + columns + 1);
-        if (correction != 1) {
-          for (int64_t i = 0; i < columns; ++i) to[i] *= correction;
-        }
+      for (int64_t r = 0; r < rows; r += kSoftmaxRows) {
+        const int64_t count = min64(kSoftmaxRows, rows - r);
+        A* from = scores + r * kDecodeBlock;
+        softmax_step<A>(p, row + r, count, b, k0, c0, c1, from, kDecodeBlock, keep, from, kDecodeBlock, maximum + r,
+                        sum + r, step);
+        for (int64_t i = 0; i < count; ++i) scale_row(o + (r + i) * o_row, columns, step->factor[i]);
       }
       const Scratch<A> before(ragged ? rows * o_row : 0);
       if (ragged) __builtin_memcpy(before.data(), o, static_cast<size_t>(rows * o_row) * sizeof(A));
@@ -270,6 +248,10 @@ struct DecodeTask {
       if (!ragged) continue;
       for (int64_t r = 0; r < rows; ++r)
         redo_visible(row[r], k0, c0, n, values, scores + r * kDecodeBlock, before.data() + r * o_row, o + r * o_row);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      o[r * o_row + columns] = maximum[r];
+      o[r * o_row + columns + 1] = sum[r];
     }
   }
 
@@ -322,7 +304,7 @@ void decode(const Problem& p, const TensorView& out, const TensorView& lse) {
   const int64_t parts = (p.sk + part_keys - 1) / part_keys, heads = p.batch * p.hk;
   const Scratch<A> partial(heads * parts * p.rows * (columns + 2));
   const DecodeTask<T> task{p, part_keys, parts, columns, partial.data()};
-  parallel_dynamic(heads * parts, [&](int64_t i) { task.run(i / parts / p.hk, i / parts % p.hk, i % parts); });
+  run_tasks(p, heads * parts, [&](int64_t i) { task.run(i / parts / p.hk, i / parts % p.hk, i % parts); });
   parallel_for(0, heads, 16, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head) {
       const Group group(p, head / p.hk, head % p.hk);

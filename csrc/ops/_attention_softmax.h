@@ -16,34 +16,116 @@ ISOTILE_INLINE void start_row(const Problem& p, const Row& row, A* maximum, A* s
   *sum = 1 + (sink - sink);  // NaN for what is not finite
 }
 
-// One row's step over a block: score[c0, c1) -> probabilities (relative to the new maximum, exponent of 2), dropped and
-// rounded into `weights`
-// (which may be `score`). Returns the factor for what was summed before.
+// Two vectors of weights as the next product takes them.
 template <class A, class Weight>
-A softmax_step(const Problem& p, const Row& row, int64_t b, int64_t k0, int64_t c0, int64_t c1, A* score, A* keep,
-               Weight* weights, A* maximum, A* sum) {
-  using V = Vec<A>;
-  const A inf = static_cast<A>(__builtin_inf());
-  finish_scores<A>(p, row, k0, c0, c1, score, nullptr);
-  V most = V::set1(-inf);
-  for (int64_t i = c0; i < c1; i += V::kLanes) most = max(most, V::load(score + i));
-  const A factor = static_cast<A>(p.exp2_factor), here = reduce_max(most) * factor;
-  const A old = *maximum, now = here > old || here != here ? here : old;
-  const A base = now == -inf ? A{0} : now;
-  const V vfactor = V::set1(factor), vbase = V::set1(-base);
-  V total = V::zero();
-  const bool drop = p.drop_below != 0;
-  if (drop) draw_keep<A>(p, row, b, k0, c0, c1, keep);
-  for (int64_t i = c0; i < c1; i += V::kLanes) {
-    V w = exp2(fma(V::load(score + i), vfactor, vbase));
-    total = total + w;
-    if (drop) w = w * V::load(keep + i);
-    store_weights(w, weights + i);
+ISOTILE_INLINE void store_weight_pair(Vec<A> x, Vec<A> y, Weight* to) {
+#if ISOTILE_HAS_BF16_DOT
+  if constexpr (sizeof(Weight) == 2) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v));
+    return;
   }
-  const A correction = old == base ? A{1} : exp2_scalar(old - base);
-  *maximum = now;
-  *sum = *sum * correction + reduce_add(total);
-  return correction;
+#endif
+  store_weights(x, to);
+  store_weights(y, to + Vec<A>::kLanes);
+}
+
+// Lane r: the sum, or the maximum, of the vector at v + r * kLanes, for r < rows.
+template <class A, class Combine, class Reduce>
+ISOTILE_INLINE Vec<A> reduce_each(const A* v, int64_t rows, const Combine& combine, const Reduce& reduce) {
+  using V = Vec<A>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    V vectors[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) vectors[i] = V::load(v + (i < rows ? i : 0) * 16);
+    return combine_16(vectors, combine);
+  }
+#endif
+  (void)combine;
+  alignas(64) A out[V::kLanes] = {};
+  for (int64_t r = 0; r < rows; ++r) out[r] = reduce(V::load(v + r * V::kLanes));
+  return V::load(out);
+}
+template <class A>
+ISOTILE_INLINE Vec<A> reduce_each_add(const A* v, int64_t rows) {
+  return reduce_each(v, rows, [](Vec<A> a, Vec<A> b) { return a + b; }, [](Vec<A> a) { return reduce_add(a); });
+}
+template <class A>
+ISOTILE_INLINE Vec<A> reduce_each_max(const A* v, int64_t rows) {
+  return reduce_each(v, rows, [](Vec<A> a, Vec<A> b) { return max(a, b); }, [](Vec<A> a) { return reduce_max(a); });
+}
+
+constexpr int64_t kSoftmaxRows = 64;  // at most, in one step
+
+// What a step works with: one vector for each row, then one number for each row.
+template <class A>
+struct SoftmaxStep {
+  alignas(64) A partial[kSoftmaxRows * Vec<A>::kLanes];
+  alignas(64) A base[kSoftmaxRows], factor[kSoftmaxRows];  // factor: for what was summed before
+};
+
+// A step of `rows` rows over a block: score[row * score_row + (c0 .. c1)] -> probabilities (relative to the new
+// maximum, exponents of 2), dropped and rounded into weights[row * weight_row + ...] (which may be the scores). The
+// order of a row's sums depends on its columns alone.
+template <class A, class Weight>
+void softmax_step(const Problem& p, const Row* row, int64_t rows, int64_t b, int64_t k0, int64_t c0, int64_t c1,
+                  A* score, int64_t score_row, A* keep, Weight* weights, int64_t weight_row, A* maximum, A* sum,
+                  SoftmaxStep<A>* step) {
+  using V = Vec<A>;
+  constexpr int64_t kLanes = V::kLanes, kPair = 2 * kLanes;
+  const V hidden = V::set1(-static_cast<A>(__builtin_inf()));
+  for (int64_t r = 0; r < rows; ++r) {
+    A* s = score + r * score_row;
+    finish_scores<A>(p, row[r], k0, c0, c1, s, nullptr);
+    V most[4] = {hidden, hidden, hidden, hidden};
+    int64_t i = c0;
+    for (; i + 4 * kLanes <= c1; i += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) most[u] = max(most[u], V::load(s + i + u * kLanes));
+    }
+    for (; i < c1; i += kLanes) most[0] = max(most[0], V::load(s + i));
+    max(max(most[0], most[1]), max(most[2], most[3])).store(step->partial + r * kLanes);
+  }
+  const V vfactor = V::set1(static_cast<A>(p.exp2_factor));
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t left = min64(rows - r, kLanes);
+    const V here = reduce_each_max<A>(step->partial + r * kLanes, left) * vfactor, old = V::load(maximum + r, left);
+    const V now = select((here > old) | is_nan(here), here, old);
+    const V base = select(now == hidden, V::zero(), now);
+    now.store(maximum + r, left);
+    base.store(step->base + r, left);
+    select(old == base, V::set1(1), exp2_or_zero(old - base)).store(step->factor + r, left);
+  }
+  const bool drop = p.drop_below != 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* s = score + r * score_row;
+    Weight* to = weights + r * weight_row;
+    const V base = V::set1(-step->base[r]);
+    V total[2] = {V::zero(), V::zero()};  // of the even and the odd vectors
+    if (drop) draw_keep<A>(p, row[r], b, k0, c0, c1, keep);
+    const auto weigh = [&](int64_t at, V* total_of) {
+      V w = exp2_or_zero(fma(V::load(s + at), vfactor, base));
+      *total_of = *total_of + w;
+      if (drop) w = w * V::load(keep + at);
+      return w;
+    };
+    int64_t i = c0;
+    if (i % kPair != 0) {
+      store_weights(weigh(i, &total[1]), to + i);
+      i += kLanes;
+    }
+    for (; i + kPair <= c1; i += kPair) {
+      const V w = weigh(i, &total[0]);
+      store_weight_pair(w, weigh(i + kLanes, &total[1]), to + i);
+    }
+    if (i < c1) store_weights(weigh(i, &total[0]), to + i);
+    (total[0] + total[1]).store(step->partial + r * kLanes);
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t left = min64(rows - r, kLanes);
+    fma(V::load(sum + r, left), V::load(step->factor + r, left), reduce_each_add<A>(step->partial + r * kLanes, left))
+        .store(sum + r, left);
+  }
 }
 
 template <class A>

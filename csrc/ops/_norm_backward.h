@@ -100,10 +100,16 @@ ISOTILE_INLINE void norm_backward_rows(const BackwardRows<kRows, T>& rows, const
   }
 }
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRowsTogether = 4;  // 27 of 32 registers
+#else
+constexpr int kRowsTogether = 2;
+#endif
+
 template <bool kCentered, bool kParameters, class T>
 void norm_backward_plain_rows(const NormBackward& a, const Accumulator<T>* weight, Accumulator<T>* grad_weight,
                               Accumulator<T>* grad_bias, double eps, bool stream, int64_t begin, int64_t end) {
-  constexpr int kRows = 2;
+  constexpr int kRows = kRowsTogether;
   const int64_t n = row_length(a.x);
   using Walker = RowWalker<4>;
   Walker walk({&a.grad, &a.grad_sum, &a.x, &a.grad_x}, begin);
@@ -185,12 +191,14 @@ ISOTILE_INLINE void norm_backward(const NormBackward& a, double eps, double weig
     const Parameter<A> weight(a.weight, n, weight_offset, 1);
     const bool stream = worth_streaming(a.grad_x);
 
-    constexpr int64_t kPartialBytes = int64_t{16} << 20;
+    constexpr int64_t kPartialBytes = int64_t{4} << 20;  // each block's sums are cleared, and read once more
     const int64_t block_stride = (2 * n + 63) / 64 * 64;
     int64_t most_blocks = kPartialBytes / (block_stride * static_cast<int64_t>(sizeof(A)));
     most_blocks = most_blocks < 8 ? 8 : most_blocks > 128 ? 128 : most_blocks;
     const int64_t spread = (rows + most_blocks - 1) / most_blocks;
-    const int64_t block_rows = spread > row_grain(n) ? spread : row_grain(n);
+    const int64_t least_rows = spread > row_grain(n) ? spread : row_grain(n);
+    const int64_t block_rows =
+        least_rows > 1 ? (least_rows + kRowsTogether - 1) / kRowsTogether * kRowsTogether : least_rows;
     const int64_t blocks = (rows + block_rows - 1) / block_rows;
     const Scratch<A> partials(parameters ? blocks * block_stride : 0);
     parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {

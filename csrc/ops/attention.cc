@@ -15,13 +15,18 @@ namespace isotile::ISOTILE_ISA {
 namespace attention_detail {
 namespace {
 
-constexpr int64_t kMaxRows = 192;
+template <class T>
+constexpr int64_t max_rows() {
+  return Packed<T>::kTiles ? 512 : 192;
+}
 
 template <class T>
 int64_t forward_block_keys(int64_t d, int64_t dv) {
   const int64_t bytes_per_key = (d + dv) * static_cast<int64_t>(sizeof(typename Packed<T>::Elem));
+  if (Packed<T>::kTiles && d + dv <= 128) return 256;
   int64_t keys = 384;
-  while (keys > 48 && keys * bytes_per_key > (200 << 10)) keys /= 2;
+  const int64_t fewest = Packed<T>::kTiles ? 96 : 48;  // a multiple of kColumns
+  while (keys > fewest && keys * bytes_per_key > (200 << 10)) keys /= 2;
   return keys;
 }
 
@@ -31,6 +36,8 @@ struct ForwardTask {
   using A = typename P::Acc;
   using W = typename P::Word;
   using Weight = std::conditional_t<P::kPair == 1, A, BFloat16>;
+  static constexpr int64_t kMaxRows = max_rows<T>();
+  static constexpr int64_t kRowUnit = P::kTiles ? 16 : P::kStrip;  // the last strip may be shorter by these
 
   const Problem& p;
   const TensorView &out, &lse;
@@ -38,22 +45,24 @@ struct ForwardTask {
 
   void run(int64_t b, int64_t kv_head, int64_t first, int64_t count) const {
     const Group group(p, b, kv_head);
-    const int64_t padded = round_up(count, kTileRows);
-    const int64_t d_words = row_words<T>(p.d), d_used = (p.d + P::kPair - 1) / P::kPair, v_columns = row_lanes<T>(p.dv),
+    const int64_t padded = round_up(count, kRowUnit);
+    const int64_t d_words = row_words<T>(p.d), d_used = depth_words<T>(p.d), v_columns = row_lanes<T>(p.dv),
                   v_words = row_words<T>(p.dv);
     Arena arena;
     W *q, *natural, *kt, *v, *weights;
     A *o, *scores, *keep;
+    SoftmaxStep<A>* step;
     Outcasts<T> bad;
     const auto cut = [&] {
       q = arena.take<W>(padded * d_words);
       natural = arena.take<W>(block * max64(d_words, v_words));
       kt = arena.take<W>(round_up(block, panel_width<T>()) * d_used);
       v = arena.take<W>(block * v_columns);
-      weights = arena.take<W>(P::kPair == 1 ? 0 : kTileRows * block / P::kPair);
+      weights = arena.take<W>(P::kPair == 1 ? 0 : P::kStrip * block / P::kPair);
       o = arena.take<A>(padded * v_columns);
-      scores = arena.take<A>(kTileRows * block);
+      scores = arena.take<A>(P::kStrip * block);
       keep = arena.take<A>(block);
+      step = arena.take<SoftmaxStep<A>>(1);
       bad.values = arena.take<A>(bad.elements(block, max64(v_words, v_columns)));
     };
     cut();
@@ -79,37 +88,35 @@ struct ForwardTask {
     }
     gather_rows<T>(group.queries_of<T>(*p.q), first, count, padded, p.d, q, d_words);
     for (int64_t i = 0; i < padded * v_columns; ++i) o[i] = 0;
+    const ProductScope<T> scope;
     const RowSource<T> key_rows = group.keys_of<T>(*p.k), value_rows = group.keys_of<T>(*p.v);
     for (int64_t k0 = lo < hi ? lo / block * block : hi; k0 < hi; k0 += block) {
-      const int64_t n = min64(block, hi - k0), n_padded = round_up(n, lanes<T>());
+      const int64_t n = min64(block, hi - k0), n_padded = round_up(n, P::kColumns);
       gather_rows<T>(key_rows, k0, n, n_padded, p.d, natural, d_words);
       transpose_panels<T>(natural, n_padded, d_words, d_used, kt);
       W* value_natural = P::kPair == 1 ? v : natural;
       gather_rows<T>(value_rows, k0, n, n_padded, p.dv, value_natural, v_words);
       bad.collect(value_natural, n_padded, v_words, value_natural);
       if constexpr (P::kPair == 2) pair_rows(natural, n_padded, v_words, v, v_columns);
-      for (int64_t s = 0; s < padded; s += kTileRows) {
+      for (int64_t s = 0; s < padded; s += P::kStrip) {
+        const int64_t strip = min64(P::kStrip, padded - s);
         int64_t from = n, to = 0;
-        for (int64_t r = s; r < s + kTileRows; ++r) {
+        for (int64_t r = s; r < s + strip; ++r) {
           if (rows[r].hi <= rows[r].lo) continue;
           from = min64(from, max64(rows[r].lo - k0, 0));
           to = max64(to, min64(rows[r].hi - k0, n));
         }
         if (from >= to) continue;
-        const int64_t c0 = from / lanes<T>() * lanes<T>(), c1 = round_up(to, lanes<T>());
-        tile_panels<T>(q + s * d_words, d_words, kt, d_used, c0, c1, scores, block);
-        A correction[kTileRows];
+        const int64_t c0 = from / P::kColumns * P::kColumns, c1 = round_up(to, P::kColumns);
+        strip_panels<T>(strip, q + s * d_words, d_words, kt, d_used, c0, c1, scores, block);
         W* strip_weights = P::kPair == 1 ? reinterpret_cast<W*>(scores) : weights;
-        for (int64_t r = 0; r < kTileRows; ++r) {
-          Weight* w = reinterpret_cast<Weight*>(strip_weights) + r * block;
-          correction[r] =
-              softmax_step<A>(p, rows[s + r], b, k0, c0, c1, scores + r * block, keep, w, maximum + s + r, sum + s + r);
-        }
-        tile_rows<T, Start::kScale>(strip_weights + c0 / P::kPair, block / P::kPair, 1, v + c0 / P::kPair * v_columns,
-                                    v_columns, (c1 - c0) / P::kPair, v_columns, o + s * v_columns, v_columns,
-                                    correction);
+        softmax_step<A>(p, rows + s, strip, b, k0, c0, c1, scores, block, keep,
+                        reinterpret_cast<Weight*>(strip_weights), block, maximum + s, sum + s, step);
+        strip_rows<T, Start::kScale>(strip, strip_weights + c0 / P::kPair, block / P::kPair,
+                                     v + c0 / P::kPair * v_columns, (c1 - c0) / P::kPair, v_columns,
+                                     o + s * v_columns, v_columns, step->factor);
         if (!bad.any) continue;
-        for (int64_t r = 0; r < kTileRows; ++r) {
+        for (int64_t r = 0; r < strip; ++r) {
           for (int64_t j = c0; j < min64(c1, n); ++j) {
             if (!visible(p, rows[s + r], k0 + j)) continue;
             bad.add(j, natural_at<T>(strip_weights, block / P::kPair, r, j), o + (s + r) * v_columns, p.dv);
@@ -127,10 +134,10 @@ void forward(const Problem& p, const TensorView& out, const TensorView& lse) {
   if (p.batch * p.hk * p.rows == 0) return;
   if (decodes<T>(p)) return decode<T>(p, out, lse);
   const ForwardTask<T> task{p, out, lse, forward_block_keys<T>(p.d, p.dv)};
-  int64_t rows = kMaxRows;
+  int64_t rows = max_rows<T>();
   while (rows > 48 && p.batch * p.hk * ((p.rows + rows - 1) / rows) < 4 * num_threads()) rows /= 2;
   const int64_t pieces = (p.rows + rows - 1) / rows;
-  parallel_dynamic(p.batch * p.hk * pieces, [&](int64_t i) {
+  run_tasks(p, p.batch * p.hk * pieces, [&](int64_t i) {
     const int64_t piece = pieces - 1 - i % pieces, head = i / pieces;  // causal: the longest first
     task.run(head / p.hk, head % p.hk, piece * rows, min64(rows, p.rows - piece * rows));
   });

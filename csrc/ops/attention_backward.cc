@@ -6,21 +6,28 @@
 // Probabilities are computed again from lse, so memory stays linear in the sequence length (FlashAttention-2, Dao
 // 2023).
 //
-// The work is cut into tiles of up to kRowBlock rows by a block of keys. There are two schedules: one pass in which a
+// The work is cut into tiles of up to row_block() rows by a block of keys. There are two schedules: one pass in which a
 // task is a key/value head and makes everything (5 products a tile), and, where there are too few heads for the
 // threads, two passes, over blocks of keys for grad_k and grad_v and over blocks of rows for grad_q (7 products a
 // tile). Tiles, and the order in which they are added, are the same in both, so the results are bitwise equal.
+//
+// On matrix tiles (tile.h) w and z are wanted in pairs of rows as the right-hand side, so grad_k and grad_v are made
+// transposed: grad_v^T = grad_out^T w, grad_k^T = q^T z.
 #include "ops/_attention.h"
 
 namespace isotile::ISOTILE_ISA {
 namespace attention_detail {
 namespace {
 
-constexpr int64_t kRowBlock = 96;
+template <class T>
+constexpr int64_t row_block() {
+  return Packed<T>::kTiles ? 128 : 96;
+}
 
 template <class T>
 int64_t backward_block_keys(int64_t d, int64_t dv) {
   const int64_t bytes_per_key = (d + dv) * static_cast<int64_t>(sizeof(Accumulator<T>));
+  if (Packed<T>::kTiles) return d + dv <= 256 ? 256 : 128;
   int64_t keys = 192;
   while (keys > 48 && keys * bytes_per_key > (200 << 10)) keys /= 2;
   return keys;
@@ -66,6 +73,9 @@ struct BackwardTask {
   using A = typename P::Acc;
   using W = typename P::Word;
   using V = Vec<A>;
+  static constexpr int kStrip = P::kTiles ? 32 : kTileRows;
+  static constexpr int64_t kRowBlock = row_block<T>();
+  static constexpr int64_t kOverhang = P::kTiles ? 0 : kTileRows;  // the last tile of keys reads and adds past them
 
   const BackwardProblem<T>& bp;
   const Problem& p;
@@ -76,9 +86,10 @@ struct BackwardTask {
   W *q_natural, *q_rows, *g_natural, *g_rows;   // the block of rows; g is grad_out
   W *q_cleaned, *g_cleaned;
   const W *k_operand, *q_operand, *g_operand;  // as the right-hand side of a product, finite
-  A *score, *grad, *keep, *slope;              // one strip of six rows
+  A *score, *grad, *keep, *slope;              // one strip of rows
   W *weights, *z_rows, *z_strip;               // w and z: all rows (in pairs), z of the strip
-  A *grad_k, *grad_v;                          // accumulators of the block of keys
+  A *grad_k, *grad_v;                          // accumulators of the block of keys, transposed with kTiles
+  A* turned;                                   // 16 keys of them
   Scratch<char> memory;
   Row rows[kRowBlock];
   int64_t keys_from = 0, keys_count = 0, rows_from = 0, rows_count = 0, rows_padded = 0;
@@ -90,10 +101,10 @@ struct BackwardTask {
         group(problem.p, b, kv_head),
         block(problem.block),
         block_row(problem.block + 16),
-        d_used((p.d + P::kPair - 1) / P::kPair),
+        d_used(depth_words<T>(p.d)),
         d_words(row_words<T>(p.d)),
         d_columns(row_lanes<T>(p.d)),
-        v_used((p.dv + P::kPair - 1) / P::kPair),
+        v_used(depth_words<T>(p.dv)),
         v_words(row_words<T>(p.dv)),
         v_columns(row_lanes<T>(p.dv)),
         memory(cut(nullptr)) {
@@ -111,15 +122,16 @@ struct BackwardTask {
     q_rows = arena.take<W>(P::kPair == 1 ? 0 : kRowBlock / 2 * d_columns);
     g_natural = arena.take<W>(kRowBlock * v_words);
     g_rows = arena.take<W>(P::kPair == 1 ? 0 : kRowBlock / 2 * v_columns);
-    score = arena.take<A>(kTileRows * block);
-    grad = arena.take<A>(kTileRows * block);
+    score = arena.take<A>(kStrip * block);
+    grad = arena.take<A>(kStrip * block);
     keep = arena.take<A>(block);
     slope = arena.take<A>(block);
     weights = arena.take<W>(kRowBlock / P::kPair * block_row);
     z_rows = arena.take<W>(kRowBlock / P::kPair * block_row);
-    z_strip = arena.take<W>(P::kPair == 1 ? 0 : kTileRows * block / 2);
-    grad_k = arena.take<A>((block + kTileRows) * d_columns);
-    grad_v = arena.take<A>((block + kTileRows) * v_columns);
+    z_strip = arena.take<W>(P::kPair == 1 ? 0 : kStrip * block / 2);
+    grad_k = arena.take<A>((block + kOverhang) * d_columns);
+    grad_v = arena.take<A>((block + kOverhang) * v_columns);
+    turned = arena.take<A>(P::kTiles ? 16 * max64(d_columns, v_columns) : 0);
     q_cleaned = arena.take<W>(kRowBlock * d_words);
     g_cleaned = arena.take<W>(kRowBlock * v_words);
     k_bad.values = arena.take<A>(k_bad.elements(block, d_words));
@@ -131,7 +143,7 @@ struct BackwardTask {
   void load_keys(int64_t k0, bool for_queries) {
     keys_from = k0;
     keys_count = max64(0, min64(block, group.keys - k0));
-    const int64_t padded = round_up(keys_count, lanes<T>());
+    const int64_t padded = round_up(keys_count, P::kColumns);
     gather_rows<T>(group.keys_of<T>(*p.k), k0, keys_count, padded, p.d, k_natural, d_words);
     transpose_panels<T>(k_natural, padded, d_words, d_used, kt);
     gather_rows<T>(group.keys_of<T>(*p.v), k0, keys_count, padded, p.dv, v_natural, v_words);
@@ -147,7 +159,7 @@ struct BackwardTask {
   void load_rows(int64_t r0, bool for_keys) {
     rows_from = r0;
     rows_count = min64(kRowBlock, p.rows - r0);
-    rows_padded = round_up(rows_count, kTileRows);
+    rows_padded = round_up(rows_count, kStrip);
     for (int64_t r = 0; r < rows_padded; ++r) {
       rows[r] = group.row(r0 + min64(r, rows_count - 1));
       if (r >= rows_count) rows[r].lo = rows[r].hi = 0;
@@ -163,7 +175,25 @@ struct BackwardTask {
       q_operand = q_rows;
       g_operand = g_rows;
     }
+#if ISOTILE_HAS_TILES
+    if constexpr (P::kTiles) {
+      turn_words(q_rows, rows_padded / 2, d_columns, q_cleaned);
+      turn_words(g_rows, rows_padded / 2, v_columns, g_cleaned);
+      q_operand = q_cleaned;
+      g_operand = g_cleaned;
+    }
+#endif
   }
+#if ISOTILE_HAS_TILES
+  // [rows, columns] words -> [columns, rows]; both multiples of 16.
+  static void turn_words(const uint32_t* from, int64_t row_count, int64_t columns, uint32_t* to) {
+    for (int64_t r = 0; r < row_count; r += 16) {
+      for (int64_t c = 0; c < columns; c += 16) {
+        transpose_16x16(from + r * columns + c, columns, to + c * row_count + r, row_count);
+      }
+    }
+  }
+#endif
 
   // Keys [from, to) of the block, relative, that rows [first, last) of the row block see, mask apart.
   ISOTILE_INLINE void seen_keys(int64_t first, int64_t last, int64_t* from, int64_t* to) const {
@@ -187,7 +217,7 @@ struct BackwardTask {
     for (int64_t i = c0; i < c1; i += V::kLanes) {
       const V x = V::load(s + i);
       const auto gone = x == hidden;
-      V prob = exp2(fma(x, factor, minus_lse)), back = V::load(g + i), w = prob;
+      V prob = exp2_or_zero(fma(x, factor, minus_lse)), back = V::load(g + i), w = prob;
       if (drop) {
         const V kept = V::load(keep + i) * scale_up;
         w = w * kept;
@@ -236,17 +266,17 @@ struct BackwardTask {
 
   // The tile of the loaded rows and keys. grad_q: accumulator of the rows, or null. d_term, lse2: of the rows.
   void tile_gradients(const A* d_term, const A* lse2, A* grad_q, bool keys_too) {
-    const int64_t n_padded = round_up(keys_count, lanes<T>());
-    for (int64_t s = 0; s < rows_padded; s += kTileRows) {
+    const int64_t n_padded = round_up(keys_count, P::kColumns);
+    for (int64_t s = 0; s < rows_padded; s += kStrip) {
       int64_t from, to;
-      seen_keys(s, s + kTileRows, &from, &to);
+      seen_keys(s, s + kStrip, &from, &to);
       int64_t c0 = 0, c1 = 0;
       if (from < to) {
-        c0 = from / lanes<T>() * lanes<T>();
-        c1 = round_up(to, lanes<T>());
-        tile_panels<T>(q_natural + s * d_words, d_words, kt, d_used, c0, c1, score, block);
-        tile_panels<T>(g_natural + s * v_words, v_words, vt, v_used, c0, c1, grad, block);
-        for (int64_t r = 0; r < kTileRows; ++r) {
+        c0 = from / P::kColumns * P::kColumns;
+        c1 = round_up(to, P::kColumns);
+        strip_panels<T>(kStrip, q_natural + s * d_words, d_words, kt, d_used, c0, c1, score, block);
+        strip_panels<T>(kStrip, g_natural + s * v_words, v_words, vt, v_used, c0, c1, grad, block);
+        for (int64_t r = 0; r < kStrip; ++r) {
           const bool real = s + r < rows_count;
           if (real) {
             row_gradients(rows[s + r], c0, c1, score + r * block, grad + r * block, d_term[s + r], lse2[s + r],
@@ -260,10 +290,10 @@ struct BackwardTask {
       place(grad, s, c0, c1, n_padded, z_rows, z_strip);
       if (grad_q && from < to) {
         const W* z = P::kPair == 1 ? z_rows + s * block_row + c0 : z_strip + c0 / P::kPair;
-        tile_rows<T, Start::kAdd>(z, P::kPair == 1 ? block_row : block / 2, 1, k_operand + c0 / P::kPair * d_columns,
-                                  d_columns, (c1 - c0) / P::kPair, d_columns, grad_q + s * d_columns, d_columns,
-                                  nullptr);
-        for (int64_t r = s; k_bad.any && r < min64(s + kTileRows, rows_count); ++r) {
+        strip_rows<T, Start::kAdd>(kStrip, z, P::kPair == 1 ? block_row : block / 2,
+                                   k_operand + c0 / P::kPair * d_columns, (c1 - c0) / P::kPair, d_columns,
+                                   grad_q + s * d_columns, d_columns, nullptr);
+        for (int64_t r = s; k_bad.any && r < min64(s + kStrip, rows_count); ++r) {
           for (int64_t j = from; j < to; ++j) {
             if (visible(p, rows[r], keys_from + j)) k_bad.add(j, weight_at(z_rows, r, j), grad_q + r * d_columns, p.d);
           }
@@ -272,61 +302,80 @@ struct BackwardTask {
     }
     if (!keys_too) return;
     // What one tile of keys is seen by: rows [first, last), since lo and hi never fall.
-    for (int64_t j = 0; j < keys_count; j += kTileRows) {
+    constexpr int64_t kKeys = P::kTiles ? 32 : kTileRows, kWords = P::kPair * P::kDepth;
+    for (int64_t j = 0; j < keys_count; j += kKeys) {
       int64_t first = 0, last = rows_count;
       while (first < last && rows[first].hi <= keys_from + j) ++first;
-      while (last > first && rows[last - 1].lo >= keys_from + j + kTileRows) --last;
+      while (last > first && rows[last - 1].lo >= keys_from + j + kKeys) --last;
       if (first == last) continue;
-      first = first / P::kPair;
-      last = (last + P::kPair - 1) / P::kPair;
+      first = first / kWords * P::kDepth;
+      last = (last + kWords - 1) / kWords * P::kDepth;
       accumulate_keys(weights, g_operand, g_bad, v_columns, p.dv, j, first, last, grad_v);
       accumulate_keys(z_rows, q_operand, q_bad, d_columns, p.d, j, first, last, grad_k);
     }
   }
 
-  // Six keys from j: to += weights^T operand, over words [first, last) of rows.
+  // A tile of keys from j: to += weights^T operand (with kTiles: to^T += operand^T weights), over words [first, last)
+  // of rows.
   void accumulate_keys(const W* weight, const W* operand, const Outcasts<T>& bad, int64_t columns, int64_t used,
                        int64_t j, int64_t first, int64_t last, A* to) const {
-    tile_rows<T, Start::kAdd>(weight + first * block_row + j, 1, block_row, operand + first * columns, columns,
-                              last - first, columns, to + j * columns, columns, nullptr);
+    constexpr int64_t kKeys = P::kTiles ? 32 : kTileRows;
+#if ISOTILE_HAS_TILES
+    if constexpr (P::kTiles) {
+      const int64_t words = rows_padded / 2;
+      tile_product<true>(columns, 32, operand + first, 4 * words, weight + first * block_row + j, 4 * block_row, 64,
+                         (last - first) / 16, to + j, 4 * block);
+    }
+#endif
+    if constexpr (!P::kTiles) {
+      tile_rows<T, Start::kAdd>(weight + first * block_row + j, 1, block_row, operand + first * columns, columns,
+                                last - first, columns, to + j * columns, columns, nullptr);
+    }
     if (!bad.any) return;
     for (int64_t r = first * P::kPair; r < min64(last * P::kPair, rows_count); ++r) {
-      for (int64_t c = j; c < min64(j + kTileRows, keys_count); ++c) {
-        if (visible(p, rows[r], keys_from + c)) bad.add(r, weight_at(weight, r, c), to + c * columns, used);
+      for (int64_t c = j; c < min64(j + kKeys, keys_count); ++c) {
+        if (!visible(p, rows[r], keys_from + c)) continue;
+        bad.add(r, weight_at(weight, r, c), P::kTiles ? to + c : to + c * columns, used, P::kTiles ? block : 1);
       }
     }
   }
 
   // Strip s of w or z into the buffer of all rows (0 outside [c0, c1)), and, as bf16, row by row into `strip`.
   void place(const A* from, int64_t s, int64_t c0, int64_t c1, int64_t n_padded, W* all, W* strip) const {
-    const int64_t filled = n_padded + kTileRows;  // the last tile of keys reads past them
+    const int64_t filled = n_padded + kOverhang;
     if constexpr (P::kPair == 1) {
-      for (int64_t r = 0; r < kTileRows; ++r) {
+      for (int64_t r = 0; r < kStrip; ++r) {
         A* to = all + (s + r) * block_row;
         for (int64_t i = 0; i < c0; ++i) to[i] = 0;
         for (int64_t i = c0; i < c1; i += V::kLanes) V::load(from + r * block + i).store(to + i);
         for (int64_t i = c1; i < filled; ++i) to[i] = 0;
       }
     } else {
-      for (int64_t r = 0; r < kTileRows; r += 2) {
+      for (int64_t r = 0; r < kStrip; r += 2) {
         W* to = all + (s + r) / 2 * block_row;
-        alignas(64) BFloat16 low[V::kLanes], high[V::kLanes];
+        BFloat16* x = strip ? reinterpret_cast<BFloat16*>(strip) + r * block : nullptr;
         for (int64_t i = 0; i < c0; ++i) to[i] = 0;
         for (int64_t i = c0; i < c1; i += V::kLanes) {
-          const V a = V::load(from + r * block + i), b = V::load(from + (r + 1) * block + i);
-          BFloat16 *x = low, *y = high;
-          if (strip) {
-            x = reinterpret_cast<BFloat16*>(strip) + r * block + i;
-            y = x + block;
-          }
-          store_weights(a, x);
-          store_weights(b, y);
-          for (int l = 0; l < V::kLanes; ++l) to[i + l] = x[l].bits | static_cast<uint32_t>(y[l].bits) << 16;
+          store_pair(V::load(from + r * block + i), V::load(from + (r + 1) * block + i), to + i, x ? x + i : nullptr,
+                     block);
         }
         for (int64_t i = c1; i < filled; ++i) to[i] = 0;
       }
     }
   }
+#if ISOTILE_HAS_BF16_DOT
+  // The words (a, b) of two rows, and, unless `row` is null, each of them there and `row_stride` elements further on.
+  static ISOTILE_INLINE void store_pair(V a, V b, W* pairs, BFloat16* row, int64_t row_stride) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+    if (row) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm512_castsi512_si256(both));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + row_stride), _mm512_extracti64x4_epi64(both, 1));
+    }
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+    _mm512_storeu_si512(pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+#endif
 
   // Rows [r0, r0 + count) of a gradient from its accumulator.
   void store_rows(const TensorView& view, const RowSource<T>& to, const A* from, int64_t columns, int64_t used,
@@ -349,17 +398,30 @@ struct BackwardTask {
   void store_keys(int64_t k0) const {
     const int64_t count = min64(block, p.sk - k0);
     if (bp.grad_k.present())
-      store_rows(bp.grad_k, group.keys_of<T>(bp.grad_k), grad_k, d_columns, p.d, k0, count, static_cast<A>(p.scale));
-    if (bp.grad_v.present())
-      store_rows(bp.grad_v, group.keys_of<T>(bp.grad_v), grad_v, v_columns, p.dv, k0, count, A{1});
+      store_block(bp.grad_k, grad_k, d_columns, p.d, k0, count, static_cast<A>(p.scale));
+    if (bp.grad_v.present()) store_block(bp.grad_v, grad_v, v_columns, p.dv, k0, count, A{1});
+  }
+  void store_block(const TensorView& view, const A* from, int64_t columns, int64_t used, int64_t k0, int64_t count,
+                   A factor) const {
+    const RowSource<T> to = group.keys_of<T>(view);
+#if ISOTILE_HAS_TILES
+    if constexpr (P::kTiles) {
+      for (int64_t j = 0; j < count; j += 16) {
+        for (int64_t c = 0; c < columns; c += 16) transpose_16x16(from + c * block + j, block, turned + c, columns);
+        store_rows(view, to, turned, columns, used, k0 + j, min64(16, count - j), factor);
+      }
+      return;
+    }
+#endif
+    store_rows(view, to, from, columns, used, k0, count, factor);
   }
   void store_queries(int64_t r0, int64_t count, const A* from) const {
     if (bp.grad_q.present())
       store_rows(bp.grad_q, group.queries_of<T>(bp.grad_q), from, d_columns, p.d, r0, count, static_cast<A>(p.scale));
   }
   void clear_keys() {
-    for (int64_t i = 0; i < (block + kTileRows) * d_columns; ++i) grad_k[i] = 0;
-    for (int64_t i = 0; i < (block + kTileRows) * v_columns; ++i) grad_v[i] = 0;
+    for (int64_t i = 0; i < (block + kOverhang) * d_columns; ++i) grad_k[i] = 0;
+    for (int64_t i = 0; i < (block + kOverhang) * v_columns; ++i) grad_v[i] = 0;
   }
 
   // Does any row of [r0, r0 + kRowBlock) see a key of the block at k0?
@@ -381,6 +443,7 @@ struct BackwardTask {
 
   // One pass: all of this key/value head.
   void run_all() {
+    const ProductScope<T> products;
     const int64_t padded = round_up(p.rows, kRowBlock);
     Scratch<A> d_term(padded), lse2(padded), grad_q(padded * d_columns);
     row_terms<T>(bp, group, 0, p.rows, d_term.data(), lse2.data());
@@ -403,6 +466,7 @@ struct BackwardTask {
 
   // First of two passes: one block of keys.
   void run_keys(int64_t k0) {
+    const ProductScope<T> products;
     Scratch<A> d_term(kRowBlock), lse2(kRowBlock);
     clear_keys();
     bool loaded = false;
@@ -419,6 +483,7 @@ struct BackwardTask {
 
   // Second of two passes: one block of rows.
   void run_rows(int64_t r0) {
+    const ProductScope<T> products;
     Scratch<A> d_term(kRowBlock), lse2(kRowBlock), grad_q(kRowBlock * d_columns);
     for (int64_t i = 0; i < kRowBlock * d_columns; ++i) grad_q[i] = 0;
     load_rows(r0, false);
@@ -462,22 +527,23 @@ void backward(const Problem& p, const TensorView* t) {
                               t[12], t[13], t[14], t[15], backward_block_keys<T>(p.d, p.dv)};
   if (t[16].present() && p.sinks) sink_gradients<T>(bp, t[16]);
   const int64_t heads = p.batch * p.hk, threads = num_threads();
-  const int64_t key_blocks = (p.sk + bp.block - 1) / bp.block, row_blocks = (p.rows + kRowBlock - 1) / kRowBlock;
+  const int64_t key_blocks = (p.sk + bp.block - 1) / bp.block;
+  const int64_t row_blocks = (p.rows + row_block<T>() - 1) / row_block<T>();
   if (heads == 0) return;
   const int64_t rounds = (heads + threads - 1) / threads;
   const bool too_large = p.rows * p.d > int64_t{1} << 24;  // of grad_q's accumulator
   if (5 * rounds * threads <= 7 * heads && !too_large) {
-    parallel_dynamic(heads, [&](int64_t i) { BackwardTask<T>(bp, i / p.hk, i % p.hk).run_all(); });
+    run_tasks(p, heads, [&](int64_t i) { BackwardTask<T>(bp, i / p.hk, i % p.hk).run_all(); });
     return;
   }
-  parallel_dynamic(heads * key_blocks, [&](int64_t i) {
+  run_tasks(p, heads * key_blocks, [&](int64_t i) {
     const int64_t head = i / key_blocks;
     BackwardTask<T>(bp, head / p.hk, head % p.hk).run_keys(i % key_blocks * bp.block);
   });
   if (!bp.grad_q.present() && !bp.grad_mask.present()) return;
-  parallel_dynamic(heads * row_blocks, [&](int64_t i) {
+  run_tasks(p, heads * row_blocks, [&](int64_t i) {
     const int64_t head = i / row_blocks;
-    BackwardTask<T>(bp, head / p.hk, head % p.hk).run_rows((row_blocks - 1 - i % row_blocks) * kRowBlock);
+    BackwardTask<T>(bp, head / p.hk, head % p.hk).run_rows((row_blocks - 1 - i % row_blocks) * row_block<T>());
   });
 }
 

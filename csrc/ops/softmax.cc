@@ -30,12 +30,12 @@ ISOTILE_INLINE void softmax_row(const T* x, T* y, Accumulator<T>* kept, int64_t 
   double sum[1];
   if (kept) {
     row_reduce<A, 1, 2>(n, sum, [&](auto at, V* s) {
-      const V e = exp(at.load(x) - maximum);
+      const V e = exp_nonpositive(at.load(x) - maximum);
       at.store(e, kept);
       s[0] += e;
     });
   } else {
-    row_reduce<A, 1, 2>(n, sum, [&](auto at, V* s) { s[0] += exp(at.load(x) - maximum); });
+    row_reduce<A, 1, 2>(n, sum, [&](auto at, V* s) { s[0] += exp_nonpositive(at.load(x) - maximum); });
   }
   const V scale = V::set1(static_cast<A>(1.0 / sum[0]));
   const auto write = [&](auto at, V e) {
@@ -48,7 +48,7 @@ ISOTILE_INLINE void softmax_row(const T* x, T* y, Accumulator<T>* kept, int64_t 
   if (kept) {
     for_lanes<A>(n, [&](auto at) { write(at, at.load(kept)); });
   } else {
-    for_lanes<A>(n, [&](auto at) { write(at, exp(at.load(x) - maximum)); });
+    for_lanes<A>(n, [&](auto at) { write(at, exp_nonpositive(at.load(x) - maximum)); });
   }
 }
 
@@ -106,14 +106,14 @@ struct SoftmaxColumns {
       V part[kVectors];
       for (int u = 0; u < kVectors; ++u) part[u] = V::zero();
       for (int64_t i = begin; i < end; ++i) {
-        for (int u = 0; u < kVectors; ++u) part[u] += exp(at.load(x + i * x_stride, u) - maximum[u]);
+        for (int u = 0; u < kVectors; ++u) part[u] += exp_nonpositive(at.load(x + i * x_stride, u) - maximum[u]);
       }
       for (int u = 0; u < kVectors; ++u) sum[u] += part[u];
     }
     for (int u = 0; u < kVectors; ++u) scale[u] = V::set1(A(1)) / sum[u];
     for (int64_t i = 0; i < n; ++i) {
       for (int u = 0; u < kVectors; ++u) {
-        at.store(exp(at.load(x + i * x_stride, u) - maximum[u]) * scale[u], y + i * y_stride, u);
+        at.store(exp_nonpositive(at.load(x + i * x_stride, u) - maximum[u]) * scale[u], y + i * y_stride, u);
       }
     }
   }

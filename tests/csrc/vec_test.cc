@@ -559,7 +559,10 @@ int main(int argc, char** argv) {
   using V = Vec<float>;
   const auto sigmoid = [](double x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x)); };
   check_function("exp", step, 2, [](V x) { return isa::exp(x); }, [](double x) { return std::exp(x); });
-  check_function("exp2", step, 2, [](V x) { return isa::exp2(x); }, [](double x) { return std::exp2(x); });
+  check_function("exp_nonpositive", step, 2, [](V x) { return isa::exp_nonpositive(-abs(x)); },
+                 [](double x) { return std::exp(-std::fabs(x)); });
+  check_function("exp2_or_zero", step, 4, [](V x) { return isa::exp2_or_zero(min(V::set1(127.0f), x)); },
+                 [](double x) { return x < -125 ? 0.0 : std::exp2(x > 127 ? 127.0 : x); });
   check_function("log", step, 2, [](V x) { return isa::log(x); }, [](double x) { return std::log(x); });
   check_function("tanh", step, 2, [](V x) { return isa::tanh(x); }, [](double x) { return std::tanh(x); });
   check_function("erf", step, 2, [](V x) { return isa::erf(x); }, [](double x) { return std::erf(x); });
