@@ -185,8 +185,15 @@ def quantize_rows_kernel(x, top, floating):
             nisa.tensor_reduce(dst=least[:, i : i + 1], op=nl.minimum, data=piece, axis=1)
             nothing = nl.ndarray((p, stop - starts[i]), nl.float32, buffer=nl.sbuf)
             # 0 for finite numbers, NaN for the others
-            nisa.tensor_scalar(dst=nothing, data=piece, op0=nl.multiply, operand0=0.0)
-            nisa.tensor_reduce(dst=spoilt[:, i : i + 1], op=nl.add, data=nothing, axis=1)
+            nisa.activation(
+                dst=nothing,
+                op=nl.copy,
+                data=piece,
+                scale=0.0,
+                reduce_op=nl.add,
+                reduce_res=spoilt[:, i : i + 1],
+                reduce_cmd=nisa.reduce_cmd.reset_reduce,
+            )
         high, low = column(p), column(p)
         nisa.tensor_reduce(dst=high, op=nl.maximum, data=most, axis=1)
         nisa.tensor_reduce(dst=low, op=nl.minimum, data=least, axis=1)
@@ -218,7 +225,7 @@ def quantize_rows_kernel(x, top, floating):
             q = nl.ndarray((p, stop - c), kind, buffer=nl.sbuf)
             nisa.tensor_scalar(dst=q, data=piece, op0=nl.multiply, operand0=factor)
             wide = nl.ndarray((p, stop - c), nl.bfloat16, buffer=nl.sbuf)
-            nisa.tensor_copy(dst=wide, src=q)
+            nisa.activation(dst=wide, op=nl.copy, data=q)
             nisa.dma_copy(dst=q_hbm[r:end, c:stop], src=wide)
     return q_hbm, scale_hbm
 
@@ -398,10 +405,10 @@ def run(
     wants_pre = outs.get("preactivation") is not None
     flags = (wants_pre, bias is not None, residual is not None)
     if scaled:
-        held = None if extra is None else extra.reshape(1, *extra.shape)
+        held = None if extra is None else extra.reshape((1, *extra.shape))
         result = matmul_kernel[cores](
-            left.reshape(1, *left.shape), weight.reshape(1, n, k), row, held, True, True, int(activation), outs["y"],
-            *flags,
+            left.reshape((1, *left.shape)), weight.reshape((1, n, k)), row, held, True, True, int(activation),
+            outs["y"], *flags,
         )  # fmt: skip
     else:
         q, row_scale = left, None

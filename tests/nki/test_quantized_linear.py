@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pathlib
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 
 import isotile
-from isotile import dispatch, library
+from isotile import dispatch, library, nki_emulator
+from isotile.nki_emulator import cost
 from isotile.ops import _quantized
 from isotile.state import use_backend
 from isotile.testing.compare import bounds, compare
@@ -97,3 +101,18 @@ def test_integer_sums_are_exact_beyond_24_bits(backend):
     with use_backend("nki"):
         y = isotile.quantized_linear(x, made)
     assert torch.equal(y, (x.double() @ codes.double().T).float())
+
+
+@pytest.mark.parametrize("scheme,group_size,bar", (("int8", -1, 0.85), ("int4", 128, 0.80)))
+def test_modelled_prefill_bar(scheme, group_size, bar):
+    """Useful operations against the Tensor engine's 16-bit peak over all launches in turn; modelled, not measured."""
+    size = 4096
+    kernel = importlib.import_module("isotile.kernels.nki.quantized_linear")
+    x = np.zeros((size, size), ml_dtypes.bfloat16)
+    packed = np.zeros((size, _quantized.row_bytes(scheme, size)), np.uint8)
+    scales = np.zeros((size, _quantized.group_count(group_size, size)), ml_dtypes.bfloat16)
+    with nki_emulator.session("gen3", dry=True) as seen:
+        index = tuple(_quantized.SCHEMES).index(scheme)
+        kernel.run(x, packed, scales, scheme=index, group_size=group_size, activation=0, outs={"y": "bfloat16"})
+    time_us = sum(cost.estimate(run[0].trace, run[0].generation).overlapped_us for run in seen.runs)
+    assert 2 * size**3 / (cost.RATES[3].tensor_flops_per_us * time_us) >= bar
