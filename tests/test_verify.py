@@ -72,6 +72,9 @@ def test_a_report_keeps_its_schema_and_says_what_ran(runs):
     assert all(c["reason"] for c in found["claims"] if c["verdict"] == "not run")
     kernels = [n for n in found["provenance"]["files"] if n.startswith("isotile/kernels/")]
     assert "isotile/_C" in found["provenance"]["files"]
+    built_with = found["provenance"]["compilers"]["torch"]
+    assert "C++ Version" in built_with
+    assert "=/" not in built_with, "a path of the machine that built PyTorch"
     assert len(kernels) > 10
     for error in found["errors"]:
         shares = error["share_of_bound"]

@@ -58,7 +58,7 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
         "compilers": {
             "python": platform.python_compiler(),
             "isotile._C": getattr(module, "compiler", None),
-            "torch": torch.__config__.show(),
+            "torch": torch_built_with(),
         },
         "cuda": {"torch": torch.version.cuda, "hip": torch.version.hip, "cudnn": torch.backends.cudnn.version()},
         "drivers": {name: answer(name, words) for name, words in QUESTIONS.items() if shutil.which(name)},
@@ -67,6 +67,12 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
         "files": files(),
     }
+
+
+def torch_built_with() -> str:
+    """Compiler and libraries of PyTorch's build, without the settings, which hold paths of the machine that made it."""
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("PyTorch built with", "Build settings")))
 
 
 def versions() -> dict[str, str]:
