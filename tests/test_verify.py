@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -317,6 +319,22 @@ def test_a_signal_ends_a_real_run_with_a_report(tmp_path, sent):
     found = report.read(tmp_path / "r.json")
     assert not found["complete"]
     assert (tmp_path / "r.html").read_text().endswith("</html>\n")
+
+
+def test_a_signal_counts_where_python_drops_its_exception(tmp_path, monkeypatch):
+    example = Verifier.example
+
+    def swallowing(self, target, index):
+        example(self, target, index)
+        with contextlib.suppress(KeyboardInterrupt):  # as if it came within a destructor
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(Verifier, "example", swallowing)
+    words = ["softmax", "--backends", "cpu", "--examples", "3", "--out", str(tmp_path), "--name", "r"]
+    assert main(words) == 130
+    assert not report.read(tmp_path / "r.json")["complete"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_that_is_killed_leaves_what_it_wrote_last(tmp_path, monkeypatch):

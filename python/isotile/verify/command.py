@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +131,31 @@ def _in_interpreter(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: with a report of what was done."""
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM end a run with a report of what was done.
+
+    Each raises KeyboardInterrupt where the run stands. Python drops an exception that is raised in a destructor or a
+    callback of the garbage collector, so what is yielded, called between examples, raises it again.
+    """
+    sent = []
 
     def stop(number: int, frame: Any) -> None:
+        sent.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def check() -> None:
+        if sent:
+            raise KeyboardInterrupt
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [n for n, handler in before.items() if handler is not signal.SIG_IGN]  # a shell's background jobs ignore
+    for number in heeded:
+        signal.signal(number, stop)
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 def _verify(
@@ -204,7 +218,7 @@ def _verify(
     total = None if settings["examples"] is None else settings["examples"] * len(targets)
     try:
         with (
-            _terminated(),
+            _interruptible() as check_signals,
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         ):
             task = progress.add_task("verify", total=total, failed="")
@@ -215,6 +229,7 @@ def _verify(
                         break
                     progress.update(task, description=" ".join(target.key))
                     verifier.example(target, index)
+                    check_signals()
                     failed = sum(bool(c.failed) for c in verifier.ledger.claims.values())
                     progress.update(task, advance=1, failed=f"[red]{failed} fail[/]" if failed else "")
                     if time.monotonic() - checkpoint > CHECKPOINT_S:
