@@ -34,6 +34,7 @@ PLAIN_KERNELS = (
     "attention_delta_kernel",
     "quantize_rows_kernel",
     "dequantize_kernel",
+    "widen_rows_kernel",
     "quantized_linear_combine_kernel",
 )
 MATRIX_OPS = (
@@ -41,6 +42,7 @@ MATRIX_OPS = (
     "grouped_matmul",
     "grouped_matmul_backward",
     "quantized_linear",
+    "quantized_linear_backward",
     "attention",
     "attention_backward",
 )

@@ -315,6 +315,15 @@ KERNELS = [
         ("tests/test_quantized_linear.py::test_dynamic_rows_that_are_zero_tiny_huge_or_not_finite",),
         ("quantized_linear",),
     ),
+    Mutant(
+        "quantized_gradient_of_the_first_strip",
+        "csrc/ops/quantized_linear_backward.cc",
+        "dequantize_block<Kind>(&reader, j0, steps, piece0, piece1, block.data());",
+        "dequantize_block<Kind>(&reader, j0, steps, 0, piece1 - piece0, block.data());",
+        "every strip of columns is multiplied by the first strip's weights",
+        ("tests/test_quantized_linear.py::test_gradients_of_every_variant_and_path_agree_within_the_bound[cpu]",),
+        ("quantized_linear_backward",),
+    ),
 ]
 
 TILES = [

@@ -248,6 +248,28 @@ def test_the_gradient_is_that_of_the_dequantised_weight(scheme):
     assert (x.grad - dense.grad).norm() <= tolerance * dense.grad.norm()
 
 
+@pytest.mark.parametrize("backend", CPUS)
+def test_gradients_of_every_variant_and_path_agree_within_the_bound(backend):
+    """One row, two, few and many, strips of columns and blocks of rows: sizes beyond drawn examples."""
+    from isotile import library, registry
+    from isotile.testing import bounds, compare
+
+    operator = library.operator("quantized_linear_backward")
+    for scheme, group_size, symmetric in variants():
+        for offsets in (False, True) if scheme in INTEGERS and symmetric else (False,):
+            q = weight(131, 1160, scheme, group_size, symmetric, offsets)
+            for m, dtype in ((1, torch.float32), (2, torch.float16), (21, torch.bfloat16), (150, torch.float32)):
+                values = {
+                    "grad": randn(m, 131).to(dtype), "x": randn(m, 1160).to(dtype), "packed": q.packed,
+                    "scales": q.scales, "zeros": q.zeros, "global_scale": q.global_scale, "scheme": q.scheme,
+                    "group_size": q.group_size,
+                }  # fmt: skip
+                with isotile.use_backend(backend):
+                    (found,) = operator.execute("default", tuple(values.values()))
+                bound = bounds(registry.spec("quantized_linear_backward"), "default", values)["grad_x"]
+                compare("grad_x", found, bound)
+
+
 def test_wrong_weights_are_refused():
     w = torch.ones(4, 64)
     for change, wanted in (

@@ -82,12 +82,13 @@ struct QuantizedWeight {
   float offset(int64_t i, int64_t g) const { return number(zeros, zeros_dtype, i * groups + g); }
 };
 
-inline QuantizedWeight weight_of(const TensorView* t, const double* s) {
-  const TensorView &x = t[0], &packed = t[1], &scales = t[2], &zeros = t[3], &global = t[4];
+// parts: packed, scales, zeros and global_scale; s: scheme and group_size.
+inline QuantizedWeight weight_of(const TensorView* parts, int64_t k, const double* s) {
+  const TensorView &packed = parts[0], &scales = parts[1], &zeros = parts[2], &global = parts[3];
   QuantizedWeight w;
   w.scheme = static_cast<Scheme>(static_cast<int>(s[0]));
   w.n = packed.size[0];
-  w.k = x.size[x.ndim - 1];
+  w.k = k;
   w.row_bytes = packed.size[1];
   w.groups = scales.size[1];
   w.group = s[1] < 0 ? (w.k > 0 ? w.k : 1) : static_cast<int64_t>(s[1]);
@@ -116,28 +117,52 @@ inline void integers_of_row(const QuantizedWeight& w, int64_t i, int64_t k0, int
   for (int64_t k = k0; k < k1; ++k) out[k - k0] = static_cast<int8_t>(nibble(row, k));
 }
 
-// Row i of the weight in T (float or double): the spec's `dequantized`.
+// out[i] = number(code i) of `count` elements from element k0 of a row; a run of 64 nibbles lies in one half of 64 bytes.
+template <class T, class Number>
+ISOTILE_INLINE void numbers_of_run(const QuantizedWeight& w, const uint8_t* row, int64_t k0, int64_t count, T* out,
+                                   const Number& number) {
+  if (!w.four_bits()) {
+    for (int64_t i = 0; i < count; ++i) out[i] = number(row[k0 + i]);
+    return;
+  }
+  const uint8_t* bytes = row + k0 / kBlock4 * (kBlock4 / 2) + k0 % (kBlock4 / 2);
+  if (k0 % kBlock4 < kBlock4 / 2)
+    for (int64_t i = 0; i < count; ++i) out[i] = number(static_cast<uint8_t>(bytes[i] & 15));
+  else
+    for (int64_t i = 0; i < count; ++i) out[i] = number(static_cast<uint8_t>(bytes[i] >> 4));
+}
+
+// Elements [k0, k1) of row i of the weight in T (float or double): the spec's `dequantized`.
 template <class T>
-inline void dequantize_row(const QuantizedWeight& w, int64_t i, T* out) {
+inline void dequantize_part(const QuantizedWeight& w, int64_t i, int64_t k0, int64_t k1, T* out) {
   const uint8_t* row = w.row(i);
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t k0 = g * w.group, k1 = k0 + w.group < w.k ? k0 + w.group : w.k;
+  const int64_t run = w.four_bits() ? kBlock4 / 2 : w.k;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t g = k / w.group;
+    int64_t end = (g + 1) * w.group < k1 ? (g + 1) * w.group : k1;
+    if ((k / run + 1) * run < end) end = (k / run + 1) * run;
+    const auto numbers = [&](const auto& number) { numbers_of_run(w, row, k, end - k, out + (k - k0), number); };
     const T scale = w.scale(i, g);
     if (w.has_offsets()) {
       const T offset = w.offset(i, g);
-      for (int64_t k = k0; k < k1; ++k) out[k] = static_cast<T>(nibble(row, k)) * scale + offset;
+      numbers([=](uint8_t code) { return static_cast<T>(code) * scale + offset; });
     } else if (w.integer() && w.four_bits()) {
       const int32_t zero = w.zero(i, g);
-      for (int64_t k = k0; k < k1; ++k) out[k] = static_cast<T>(static_cast<int32_t>(nibble(row, k)) - zero) * scale;
+      numbers([=](uint8_t code) { return static_cast<T>(static_cast<int32_t>(code) - zero) * scale; });
     } else if (w.integer()) {
-      for (int64_t k = k0; k < k1; ++k) out[k] = static_cast<T>(static_cast<int8_t>(row[k])) * scale;
+      numbers([=](uint8_t code) { return static_cast<T>(static_cast<int8_t>(code)) * scale; });
     } else if (w.four_bits()) {
       const T global = w.global;
-      for (int64_t k = k0; k < k1; ++k) out[k] = static_cast<T>(kTables.e2m1[nibble(row, k)]) * scale * global;
+      numbers([=](uint8_t code) { return static_cast<T>(kTables.e2m1[code]) * scale * global; });
     } else {
-      for (int64_t k = k0; k < k1; ++k) out[k] = static_cast<T>(kTables.e4m3[row[k]]) * scale;
+      numbers([=](uint8_t code) { return static_cast<T>(kTables.e4m3[code]) * scale; });
     }
+    k = end;
   }
+}
+template <class T>
+inline void dequantize_row(const QuantizedWeight& w, int64_t i, T* out) {
+  dequantize_part(w, i, 0, w.k, out);
 }
 
 }  // namespace ISOTILE_ISA

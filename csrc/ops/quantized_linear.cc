@@ -432,7 +432,7 @@ inline bool served_fast(const Problem& p, bool integers) {
 
 void quantized_linear(const TensorView* t, const double* s) {
   Problem p;
-  p.w = weight_of(t, s);
+  p.w = weight_of(t + 1, row_length(t[0]), s);
   p.x = Matrix::rows_of(t[0]);
   p.m = row_count(t[0]);
   if (p.m == 0 || p.w.n == 0) return;

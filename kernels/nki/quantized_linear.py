@@ -373,25 +373,30 @@ def _scale_numbers(scales, kind):
     return as_float32(viewed(scales, "float8_e4m3fn") if kind == "e4m3" else scales)
 
 
-def run(
-    x, packed, scales, zeros=None, global_scale=None, bias=None, residual=None, *, scheme, group_size, activation,
-    outs, cores=1,
-):  # fmt: skip
-    """`outs`: dtype names of y and preactivation (None: not wanted)."""
-    element, bits, top, stored = FORMATS[int(scheme)]
-    shape = (*x.shape[:-1], packed.shape[0])
-    n, k = packed.shape[0], x.shape[-1]
-    group = max(0, int(group_size))
-    left = rows(x)
+def numbers_of(scales, zeros, global_scale, scheme):
+    """(scales, zeros) [n, groups] as float32, and the kind of zeros; scales hold all factors of the stored elements."""
+    element, _, _, stored = FORMATS[int(scheme)]
     numbers = _scale_numbers(scales, stored)
     if element == "e2m1":
         numbers = numbers * 0.5  # its elements come doubled
         if global_scale is not None:
             numbers = numbers * as_float32(global_scale).reshape(1, 1)
-    zero_kind, offsets = "none", numbers
-    if zeros is not None:
-        zero_kind = "integer" if dtype_name(zeros) == "uint8" else "float"
-        offsets = as_float32(zeros)
+    if zeros is None:
+        return numbers, numbers, "none"
+    return numbers, as_float32(zeros), "integer" if dtype_name(zeros) == "uint8" else "float"
+
+
+def run(
+    x, packed, scales, zeros=None, global_scale=None, bias=None, residual=None, *, scheme, group_size, activation,
+    outs, cores=1,
+):  # fmt: skip
+    """`outs`: dtype names of y and preactivation (None: not wanted)."""
+    element, bits, top, _ = FORMATS[int(scheme)]
+    shape = (*x.shape[:-1], packed.shape[0])
+    n, k = packed.shape[0], x.shape[-1]
+    group = max(0, int(group_size))
+    left = rows(x)
+    numbers, offsets, zero_kind = numbers_of(scales, zeros, global_scale, scheme)
     codes = dense(packed)
     if bits == 8:
         codes = viewed(codes, element)

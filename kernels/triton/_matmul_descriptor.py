@@ -244,7 +244,7 @@ def launches(
         if how is not None and not how[0]:
             y_desc = Descriptor(y, (m, n), (how[1], 1), (bm, bn // 2 if halves else bn))
     tiles = batch * triton.cdiv(m, bm) * triton.cdiv(n, bn)
-    programs = min(tiles, units(a.device))
+    programs = min(tiles, units(y.device))
     _, _, residual_strides, y_strides, preactivation_strides = strides
     is_wide = any((m - 1) * s[3] + (n - 1) * s[4] >= 2**31 - 2**20 for s in strides[2:])
     options = {name: meta[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")}

@@ -455,7 +455,7 @@ def folded_launches(
     forced, stored = config.pop("descriptors", None), config.pop("stored", None)
     tf32 = bool(allow_tf32) and architecture()[0] == "cuda"
     loaded = int(activation) != 0 or residual is not None or preactivation is not None
-    meta = override(choose(batch, m, n, k, a.dtype, tf32, units(a.device), invariant, loaded), config)
+    meta = override(choose(batch, m, n, k, a.dtype, tf32, units(y.device), invariant, loaded), config)
     plain = pointer_launches(
         a, b, bias, residual, y, preactivation, sizes, batch, m, n, k, strides, int(activation), tf32, meta
     )

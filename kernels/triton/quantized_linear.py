@@ -617,6 +617,32 @@ def step_bytes(how, group, itemsize):
     return min(128 // itemsize, group or 128)
 
 
+def format_constants(how, group, zeros, itemsize):
+    """What all kernels must know of a weight; `itemsize`: of an element on the matrix units."""
+    zero = "none"
+    if how.element == "int4":
+        zero = "middle" if zeros is None else "integer" if zeros.dtype == torch.uint8 else "float"
+    return {
+        "FOUR_BIT": how.bits == 4,
+        "ELEMENT": how.element,
+        "ZERO": zero,
+        "SCALES": how.scales,
+        "GROUP": group,
+        "CHUNK": step_bytes(how, group, itemsize),
+    }
+
+
+def dequantize_launch(packed, scales, zeros, global_scale, weight, k, constants):
+    """The weight [n, k] in the dtype and the rows of `weight`."""
+    n, row_bytes = packed.shape
+    return Launch(
+        dequantize_kernel,
+        (triton.cdiv(n, 32) * triton.cdiv(row_bytes, constants["CHUNK"]),),
+        (packed, scales, zeros, global_scale, weight, n, k, row_bytes, scales.shape[1], weight.shape[1]),
+        {**constants, "BLOCK_N": 32, "num_warps": 4},
+    )
+
+
 def problem(
     x, packed, scales, zeros=None, global_scale=None, bias=None, residual=None, y=None, preactivation=None, *,
     scheme, group_size, activation=0, allow_tf32=False,
@@ -705,10 +731,8 @@ def prepare(
         operand = x.dtype
     else:
         operand = how.dynamic if how.element != "e4m3" or native else torch.float16
-    zero = "none"
-    if how.element == "int4":
-        zero = "middle" if zeros is None else "integer" if zeros.dtype == torch.uint8 else "float"
-    chunk = step_bytes(how, group, operand.itemsize)
+    common = format_constants(how, group, zeros, operand.itemsize)
+    zero, chunk = common["ZERO"], common["CHUNK"]
     if dense is None:
         dense = (
             how.dynamic is None
@@ -718,18 +742,10 @@ def prepare(
             and sizes[0] * sizes[1] == 1
             and m * (1 / TILES[family][0][-1] - 1) > INTENSITY[family] * (how.bits / 8 + 2)
         )
-    common = {
-        "FOUR_BIT": how.bits == 4,
-        "ELEMENT": how.element,
-        "ZERO": zero,
-        "SCALES": how.scales,
-        "GROUP": group,
-        "CHUNK": chunk,
-    }
     row_bytes, groups = packed.shape[1], scales.shape[1]
     if dense and how.dynamic is None:
         return dense_launches(
-            x, packed, scales, zeros, global_scale, bias, residual, y, preactivation, sizes, n, k, row_bytes, groups,
+            x, packed, scales, zeros, global_scale, bias, residual, y, preactivation, sizes, n, k,
             (x_strides, *out_strides), int(activation), tf32, invariant, common,
         )  # fmt: skip
     exact = operand == torch.float32 and not tf32
@@ -835,19 +851,13 @@ def prepare(
 
 
 def dense_launches(
-    x, packed, scales, zeros, global_scale, bias, residual, y, preactivation, sizes, n, k, row_bytes, groups, strides,
+    x, packed, scales, zeros, global_scale, bias, residual, y, preactivation, sizes, n, k, strides,
     activation, tf32, invariant, common,
 ):  # fmt: skip
     """The weight in x's dtype, then matmul.py's kernels."""
     stride = triton.cdiv(max(k, 1), 8) * 8
     weight = Scratch((n, stride), x.dtype)
-    chunk = common["CHUNK"]
-    unpack = Launch(
-        dequantize_kernel,
-        (triton.cdiv(n, 32) * triton.cdiv(row_bytes, chunk),),
-        (packed, scales, zeros, global_scale, weight, n, k, row_bytes, groups, stride),
-        {**common, "BLOCK_N": 32, "num_warps": 4},
-    )
+    unpack = dequantize_launch(packed, scales, zeros, global_scale, weight, k, common)
     # the innermost loop is m, the others are a batch that shares the weight
     shifted = [(0, *s[:3], s[4]) for s in strides]
     product_launches = product_kernels.folded_launches(

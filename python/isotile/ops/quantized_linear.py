@@ -125,27 +125,25 @@ def _gradient(saved, grads, needs):
         lambda: call("quantized_linear", x, bias=saved.bias, **weight, out_dtype=saved.out_dtype)[0],
     )
     if needs["x"]:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        dense = _quantized.dequantized(**weight, k=x.shape[-1], wide=wide).to(x.dtype)
-        found["x"] = call("matmul", grad_z.to(x.dtype), dense)[0]
+        found["x"] = call("quantized_linear_backward", grad_z.to(x.dtype), x, **weight)[0]
     return found
 
 
-def _lower(tensors, outs, scalars):
-    """As declared; packed data, scales and zeros contiguous."""
+def lower_weight(tensors, scalars):
+    """Kernel form of a quantised weight: its tensors, contiguous, and its scalars."""
     from ..dispatch import NeedsCopy
 
-    parts = ("packed", "scales", "zeros", "global_scale")
-    for name in parts:
-        view = tensors[name]
+    parts = {name: tensors[name] for name in PARTS}
+    for name, view in parts.items():
         if view is not None and view.numel() and not view.is_contiguous():
             raise NeedsCopy(name)
-    inputs = {n: tensors[n] for n in ("x", *parts, "bias", "residual")}
-    numbers = {
-        "scheme": tuple(SCHEMES).index(scalars.scheme),
-        "group_size": scalars.group_size,
-        "activation": _activation.ACTIVATIONS.index(scalars.activation),
-    }
+    return parts, {"scheme": tuple(SCHEMES).index(scalars.scheme), "group_size": scalars.group_size}
+
+
+def _lower(tensors, outs, scalars):
+    parts, numbers = lower_weight(tensors, scalars)
+    inputs = {"x": tensors["x"], **parts, "bias": tensors["bias"], "residual": tensors["residual"]}
+    numbers["activation"] = _activation.ACTIVATIONS.index(scalars.activation)
     return "quantized_linear", inputs, outs, numbers
 
 
@@ -170,7 +168,7 @@ def _error(args, truth, dims):
     return product.product_error(magnitude, terms, args, truth, extra=5.0)
 
 
-def _complete(recipe):
+def complete(recipe):
     """What follows from the scheme of a drawn call: packed sizes, dtypes, and which parts there are."""
     sizes, scalars, tensors = recipe["sizes"], recipe["scalars"], recipe["tensors"]
     name = scalars["scheme"]
@@ -198,6 +196,52 @@ def _draw_bytes(random, dims, shape):
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT: dict[str, Any] = {"differentiable": False, "autocast": False}
+
+#: The tensors of a quantised weight, its scalars, and what they require of each other.
+PARTS: dict[str, Tensor | Scalar] = {
+    "packed": Tensor("n row_bytes", dtypes=(torch.uint8,), values=Values(make=_draw_bytes), **_WEIGHT),
+    "scales": Tensor(
+        "n groups", dtypes=(*_FLOATS, torch.uint8), values=Values(low=-0.1, high=0.2, codes=(100, 127)), **_WEIGHT
+    ),
+    "zeros": Tensor("n groups", dtypes=(torch.uint8, *_FLOATS), optional=True, values=Values(codes=(0, 16)), **_WEIGHT),
+    "global_scale": Tensor("one", dtypes=(torch.float32,), optional=True, values=Values(low=0.5, high=2.0), **_WEIGHT),
+}
+FORMAT: dict[str, Tensor | Scalar] = {
+    "scheme": Scalar("str", choices=tuple(SCHEMES)),
+    "group_size": Scalar("int", choices=(-1, 16, 32, 64, 128)),
+}
+REQUIRES = (
+    (
+        "group_size",
+        lambda d, s: f"one of {', '.join(map(str, SCHEMES[s.scheme].group_sizes))} under scheme {s.scheme!r}",
+        lambda d, s: s.group_size in SCHEMES[s.scheme].group_sizes,
+    ),
+    (
+        "packed",
+        lambda d, s: f"rows of {_quantized.row_bytes(s.scheme, d.k)} bytes for k = {d.k} under {s.scheme!r}",
+        lambda d, s: d.row_bytes == _quantized.row_bytes(s.scheme, d.k),
+    ),
+    (
+        "scales",
+        lambda d, s: f"{_quantized.group_count(s.group_size, d.k)} groups for k = {d.k} and {s.group_size} in each",
+        lambda d, s: d.groups == _quantized.group_count(s.group_size, d.k),
+    ),
+    (
+        "scales",
+        lambda d, s: f"a float dtype under {s.scheme!r}",
+        lambda d, s: s.scales.dtype != torch.uint8 or s.scheme in ("mxfp4", "nvfp4"),
+    ),
+    (
+        "zeros",
+        lambda d, s: f"None under {s.scheme!r}",
+        lambda d, s: s.zeros is None or s.scheme in ("int4", "int4_dynamic"),
+    ),
+    (
+        "global_scale",
+        lambda d, s: f"None under {s.scheme!r}, and one element under 'nvfp4'",
+        lambda d, s: s.global_scale is None or (s.scheme == "nvfp4" and d.one == 1),
+    ),
+)
 
 #: Real layers by the rows that they see: (name, rows, n, k).
 SHAPES = (
@@ -231,56 +275,17 @@ SPEC = OpSpec(
     reference=quantized_linear,
     args={
         "x": Tensor("... k"),
-        "packed": Tensor("n row_bytes", dtypes=(torch.uint8,), values=Values(make=_draw_bytes), **_WEIGHT),
-        "scales": Tensor(
-            "n groups", dtypes=(*_FLOATS, torch.uint8), values=Values(low=-0.1, high=0.2, codes=(100, 127)), **_WEIGHT
-        ),
-        "zeros": Tensor(
-            "n groups", dtypes=(torch.uint8, *_FLOATS), optional=True, values=Values(codes=(0, 16)), **_WEIGHT
-        ),
-        "global_scale": Tensor(
-            "one", dtypes=(torch.float32,), optional=True, values=Values(low=0.5, high=2.0), **_WEIGHT
-        ),
+        **PARTS,
         **product.EPILOGUE,
         "residual": Tensor("... n", optional=True, broadcast=True),
-        "scheme": Scalar("str", choices=tuple(SCHEMES)),
-        "group_size": Scalar("int", choices=(-1, 16, 32, 64, 128)),
+        **FORMAT,
     },
     results={
         "y": Result("... n", ("out_dtype", "x")),
         "preactivation": Result("... n", ("out_dtype", "x"), when="preactivation"),
     },
     requires=(
-        (
-            "group_size",
-            lambda d, s: f"one of {', '.join(map(str, SCHEMES[s.scheme].group_sizes))} under scheme {s.scheme!r}",
-            lambda d, s: s.group_size in SCHEMES[s.scheme].group_sizes,
-        ),
-        (
-            "packed",
-            lambda d, s: f"rows of {_quantized.row_bytes(s.scheme, d.k)} bytes for k = {d.k} under {s.scheme!r}",
-            lambda d, s: d.row_bytes == _quantized.row_bytes(s.scheme, d.k),
-        ),
-        (
-            "scales",
-            lambda d, s: f"{_quantized.group_count(s.group_size, d.k)} groups for k = {d.k} and {s.group_size} in each",
-            lambda d, s: d.groups == _quantized.group_count(s.group_size, d.k),
-        ),
-        (
-            "scales",
-            lambda d, s: f"a float dtype under {s.scheme!r}",
-            lambda d, s: s.scales.dtype != torch.uint8 or s.scheme in ("mxfp4", "nvfp4"),
-        ),
-        (
-            "zeros",
-            lambda d, s: f"None under {s.scheme!r}",
-            lambda d, s: s.zeros is None or s.scheme in ("int4", "int4_dynamic"),
-        ),
-        (
-            "global_scale",
-            lambda d, s: f"None under {s.scheme!r}, and one element under 'nvfp4'",
-            lambda d, s: s.global_scale is None or (s.scheme == "nvfp4" and d.one == 1),
-        ),
+        *REQUIRES,
         (
             "x",
             lambda d, s: f"at most {_quantized.MAX_TERMS} columns, whose integer products 32 bits hold",
@@ -300,7 +305,7 @@ SPEC = OpSpec(
     autocast="lower",
     vmap_scalars=lambda values: {},
     door=door,
-    complete=_complete,
+    complete=complete,
     cases=(
         _case("tiny", "smoke bench", 16, 64, 64, "int4", 32),
         _case("odd_tails", "smoke bench", 37, 131, 129, "int8_dynamic", -1),

@@ -154,6 +154,18 @@ def quantized_cases(v, bf16, f16, f32):
                 },
                 {"scheme": index, "group_size": group_size},
             )
+        for m, dtype, label in ((256, f16, "f16 as f32"), (8192, bf16, "bf16")):
+            yield (
+                "quantized_linear_backward",
+                f"{scheme} {label} {m}x4096x4096",
+                {
+                    "grad": v(m, 4096, dtype=dtype),
+                    "packed": v(4096, row_bytes, dtype=torch.uint8),
+                    "scales": v(4096, groups, dtype=scales),
+                    "grad_x": v(m, 4096, dtype=dtype),
+                },
+                {"scheme": index, "group_size": group_size, "k": 4096},
+            )
 
 
 def attention_cases(v, bf16, f16, f32, i32, i64):
