@@ -313,7 +313,6 @@ def test_a_signal_ends_a_real_run_with_a_report(tmp_path, sent):
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()  # the backends are said when the run begins
-    time.sleep(1.0)
     process.send_signal(sent)
     assert process.wait(60) == 130
     found = report.read(tmp_path / "r.json")

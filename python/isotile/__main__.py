@@ -17,6 +17,7 @@ import isotile
 
 from . import registry
 from .backends import BACKENDS
+from .interrupt import INTERRUPTED
 from .spec import OpSpec
 
 README_MARKS = re.compile(r"(<!-- operators: begin[^\n]*-->\n).*?(<!-- operators: end -->)", re.DOTALL)
@@ -118,6 +119,14 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return command(argv)
+    except KeyboardInterrupt:  # before a command had anything to keep
+        print("isotile: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def command(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="isotile", description=isotile.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -133,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if words[:1] == [name]:  # a parser of its own: argparse.REMAINDER refuses an option in front
             return run(argparse.Namespace(rest=words[1:]))
-        command = commands.add_parser(name, help=text, add_help=False)
-        command.add_argument("rest", nargs=argparse.REMAINDER)
-        command.set_defaults(run=run)
+        added = commands.add_parser(name, help=text, add_help=False)
+        added.add_argument("rest", nargs=argparse.REMAINDER)
+        added.set_defaults(run=run)
     args = parser.parse_args(words)
     return args.run(args)
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..backends import BACKENDS
+from ..interrupt import INTERRUPTED, interruptible
 from ..spec import FLOATS
 from ..testing.recipes import dtype_name
 from . import gpu_suite, machine, money, table, timing, traces
@@ -28,7 +29,6 @@ from .workloads import DIRECTIONS, UsageError, Workload, select
 DTYPES = {dtype_name(d): d for d in FLOATS}
 #: The goal for a small eager call, as a multiple of PyTorch's: see docs/benchmarking.md.
 LAUNCH_CASE, LAUNCH_GOAL = ("layer_norm", "tiny", "float32", "forward"), 2.0
-INTERRUPTED = 130
 
 
 def _listed(text: str) -> list[str]:
@@ -201,7 +201,10 @@ def _measure(
     peaks: dict[str, dict[str, Any]] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        with (
+            interruptible() as check_signals,
+            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        ):
             task = progress.add_task("roofline", total=len(workloads) * len(threads))
             for count in threads:
                 torch.set_num_threads(count)
@@ -223,6 +226,7 @@ def _measure(
                             writer.write(row)
                         if row["ours"] or row["status"] != "unserved" or args.against != "all":
                             console.print(lines.line(row, first=i == 0))
+                    check_signals()
                     progress.advance(task)
         complete = True
     except KeyboardInterrupt:

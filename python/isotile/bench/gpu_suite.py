@@ -28,12 +28,12 @@ import torch.nn.functional as F
 
 import isotile
 
+from ..interrupt import INTERRUPTED, interruptible
 from ..state import use_backend
 from . import machine
 
 BF16, F32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]
-INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,17 +471,20 @@ def rows(chosen: Sequence[Row], clock: Any, device: torch.device, header: dict[s
     before = torch.get_float32_matmul_precision()
     print(f"{header['gpu']}, PyTorch {header['torch']}, isotile {header['isotile']}")
     try:
-        for i, row in enumerate(chosen):
-            if time.monotonic() - began > 60 * args.minutes:
-                left = len(chosen) - i
-                break
-            found = measure(row, clock, device)
-            records += found
-            print(f"\n[{i + 1}/{len(chosen)}, {time.monotonic() - began:.0f} s] {row.section} {row.case}", flush=True)
-            for record in found:
-                write(record)
-                print("   " + line(record), flush=True)
-            torch.cuda.empty_cache()
+        with interruptible() as check_signals:
+            for i, row in enumerate(chosen):
+                if time.monotonic() - began > 60 * args.minutes:
+                    left = len(chosen) - i
+                    break
+                found = measure(row, clock, device)
+                records += found
+                at = f"{i + 1}/{len(chosen)}, {time.monotonic() - began:.0f} s"
+                print(f"\n[{at}] {row.section} {row.case}", flush=True)
+                for record in found:
+                    write(record)
+                    print("   " + line(record), flush=True)
+                torch.cuda.empty_cache()
+                check_signals()
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:

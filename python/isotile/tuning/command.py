@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from .. import registry, tuning
+from ..interrupt import INTERRUPTED, interruptible
 from . import search, targets
-
-INTERRUPTED = 130
 
 
 class Progress:
@@ -121,11 +120,12 @@ def model(args: argparse.Namespace) -> int:
     progress = Progress()
     interrupted = False
     try:
-        for depth in range(args.candidates + 1):
-            # in the order of the model, until one compiles without spilling
-            rest = [s for s in found if (best := search.modelled(s)) is None or best.spill > search.SPILL]
-            rest = [dataclasses.replace(s, candidates=s.candidates[depth + 1 : depth + 2]) for s in rest]
-            compile_all([s for s in rest if s.candidates], args, args.device, progress)
+        with interruptible():
+            for depth in range(args.candidates + 1):
+                # in the order of the model, until one compiles without spilling
+                rest = [s for s in found if (best := search.modelled(s)) is None or best.spill > search.SPILL]
+                rest = [dataclasses.replace(s, candidates=s.candidates[depth + 1 : depth + 2]) for s in rest]
+                compile_all([s for s in rest if s.candidates], args, args.device, progress)
     except KeyboardInterrupt:
         interrupted = True
     how = {"device": target.device, "date": search.today(), "triton": triton.__version__}
@@ -182,21 +182,23 @@ def tune(
     chosen: dict[str, list[dict[str, Any]]] = {}
     code = 0
     try:
-        compile_all(found, args, names[-1], progress)
-        for i, one in enumerate(found):
-            if time.monotonic() - began > 60 * args.minutes:
-                print(
-                    f"\nisotile tune: {args.minutes:g} minutes are over, {len(found) - i} cases are left",
-                    file=sys.stderr,
-                )
-                code = 1
-                break
-            progress(i, len(found), f"{one.op} {one.label}")
-            best = search.measure(one, journal, timer, bind)
-            if best is not None:
-                chosen.setdefault(one.op, []).append(search.entry(one, best, how))
-        else:
-            progress(len(found), len(found), "measured")
+        with interruptible() as check_signals:
+            compile_all(found, args, names[-1], progress)
+            for i, one in enumerate(found):
+                if time.monotonic() - began > 60 * args.minutes:
+                    print(
+                        f"\nisotile tune: {args.minutes:g} minutes are over, {len(found) - i} cases are left",
+                        file=sys.stderr,
+                    )
+                    code = 1
+                    break
+                progress(i, len(found), f"{one.op} {one.label}")
+                best = search.measure(one, journal, timer, bind)
+                if best is not None:
+                    chosen.setdefault(one.op, []).append(search.entry(one, best, how))
+                check_signals()
+            else:
+                progress(len(found), len(found), "measured")
     except KeyboardInterrupt:
         print("\nisotile tune: interrupted; the same command goes on from here", file=sys.stderr)
         code = INTERRUPTED

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..backends import BACKENDS
+from ..interrupt import INTERRUPTED, interruptible
 from ..record import NotARecording
 from ..testing.recipes import kinds_of
 from . import compare, plan, provenance, report, subjects
 from .claims import CLAIMS, FAILS, HOLDS, NOT_RUN
 from .run import Verifier
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE = 1, 2
 #: Seconds between writes of the report so far, which is what a killed run leaves.
 CHECKPOINT_S = 20
 EXAMPLES, SAMPLES = 48, 8
@@ -130,34 +129,6 @@ def _in_interpreter(argv: list[str]) -> int:
     return USAGE  # not reached: the process is another one now
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM end a run with a report of what was done.
-
-    Each raises KeyboardInterrupt where the run stands. Python drops an exception that is raised in a destructor or a
-    callback of the garbage collector, so what is yielded, called between examples, raises it again.
-    """
-    sent = []
-
-    def stop(number: int, frame: Any) -> None:
-        sent.append(number)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if sent:
-            raise KeyboardInterrupt
-
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    heeded = [n for n, handler in before.items() if handler is not signal.SIG_IGN]  # a shell's background jobs ignore
-    for number in heeded:
-        signal.signal(number, stop)
-    try:
-        yield check
-    finally:
-        for number in heeded:
-            signal.signal(number, before[number])
-
-
 def _verify(
     args: argparse.Namespace,
     argv: list[str],
@@ -203,11 +174,6 @@ def _verify(
             elapsed_s=time.monotonic() - began,
         )  # fmt: skip
 
-    for backend in backends:
-        said = f"{backend.name} on {backend.device}" + (f", in {backend.emulated}" if backend.emulated else "")
-        console.print(said, markup=False)
-    if absent:
-        console.print(f"[dim]not verified: {', '.join(absent)}[/]")
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[failed]}"),
@@ -218,9 +184,14 @@ def _verify(
     total = None if settings["examples"] is None else settings["examples"] * len(targets)
     try:
         with (
-            _interruptible() as check_signals,
+            interruptible() as check_signals,
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         ):
+            for backend in backends:
+                said = f"{backend.name} on {backend.device}" + (f", in {backend.emulated}" if backend.emulated else "")
+                console.print(said, markup=False)
+            if absent:
+                console.print(f"[dim]not verified: {', '.join(absent)}[/]")
             task = progress.add_task("verify", total=total, failed="")
             index = 0
             while settings["examples"] is None or index < settings["examples"]:
