@@ -199,6 +199,23 @@ def test_demo_fails_on_a_backend_that_was_asked_for_and_refuses(monkeypatch, cap
     assert "not on Sundays" in capsys.readouterr().out
 
 
+def test_quantised_formats_are_written_between_a_pages_marks(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- quantised: begin -->\nold\n<!-- quantised: end -->\nafter\n", encoding="utf-8")
+    options = ["--tiny", "--quantized", "--sentences", "3", "--rounds", "1", "--readme", str(page)]
+    assert demo.main(options) == 0
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == [name for name, _ in command.quantized.FORMATS]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    assert max(map(len, lines)) <= 120
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        demo.main(options)
+    assert "has no marks <!-- quantised: begin --> and end" in capsys.readouterr().err
+
+
 def test_demo_names_the_backends_there_are():
     with pytest.raises(SystemExit, match="no backend 'abacus'"):
         demo.main(["--backends", "abacus"])

@@ -1,10 +1,12 @@
 """The command `isotile demo`: arguments in, tables and an exit code out."""
 
 import argparse
+import datetime
 import importlib.resources
 import json
 import math
 import os
+import pathlib
 import platform
 import time
 
@@ -60,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         "--quantized", action="store_true", help="instead: the encoder in every quantised format, its size and speed"
     )
     parser.add_argument("--json", metavar="FILE", help="also write every figure here")
+    parser.add_argument(
+        "--readme",
+        metavar="FILE",
+        help="with --quantized: also put the table between FILE's marks <!-- quantised: begin/end -->",
+    )
     return parser
 
 
@@ -82,6 +89,15 @@ def _quantized(args, console: Console, pretrained, sentences, queries, device: t
         }  # fmt: skip
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
+    if args.readme:
+        path = pathlib.Path(args.readme)
+        where = (
+            f"{datetime.datetime.now(datetime.UTC).date()}, {_device_name(device)}, {torch.get_num_threads()} threads, "
+            f"PyTorch {torch.__version__}, isotile {isotile.__version__};\n"
+            f"`isotile demo --quantized --rounds {args.rounds} --readme {path.name}`."
+        )
+        made = tables.quantized_markdown(rows, pretrained.name, len(sentences), len(queries), where)
+        path.write_text(tables.put(made, path.read_text(encoding="utf-8")), encoding="utf-8")
     wrong = [r.format for r in rows if not r.mean_cosine > quantized.LEAST_MEAN_COSINE]
     for name in wrong:
         console.print(f"[bold red]{escape(name)}: the embeddings are not those of the model[/]")
@@ -100,6 +116,10 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.sentences is not None and args.sentences < 1:
         parser.error(f"--sentences must be at least 1, got {args.sentences}")
+    if args.readme and not args.quantized:
+        parser.error("--readme needs --quantized")
+    if args.readme and not tables.MARKS.search(pathlib.Path(args.readme).read_text(encoding="utf-8")):
+        parser.error(f"--readme: {args.readme} has no marks <!-- quantised: begin --> and end")
     console = Console()
     start = time.perf_counter()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

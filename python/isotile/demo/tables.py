@@ -1,11 +1,14 @@
 """The demo's results for a person at a terminal of 80 columns."""
 
+import re
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from .compare import TORCH
 
+MARKS = re.compile(r"(<!-- quantised: begin[^\n]*-->\n).*?(<!-- quantised: end -->)", re.DOTALL)
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -72,6 +75,30 @@ def encoder_table(result, queries: int) -> Table:
             _verdict(row),
         )
     return table
+
+
+def quantized_markdown(rows, model: str, sentences: int, queries: int, where: str) -> str:
+    """The table of `quantized_table` for a README; `where` says where and how it was measured."""
+    lines = [
+        "| format | MB | smaller | mean cosine | least cosine | queries found | PyTorch's time / isotile's |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {r.format} | {r.megabytes:.1f} | {r.smaller:.1f} | {r.mean_cosine:.5f} | {r.least_cosine:.4f} | "
+        f"{r.same_neighbours} of {queries} | {1 / r.times_torch:.2f} |"
+        for r in rows
+    ]
+    legend = (
+        f"{model}, {sentences} sentences. MB: the weights of the linear layers. Cosines are between embeddings and\n"
+        "those of the float32 model in PyTorch, whose time is the one compared with. Found: queries whose nearest\n"
+        "sentence is that model's."
+    )
+    return "\n".join([*lines, "", legend, "", where])
+
+
+def put(made: str, page: str) -> str:
+    """`page` with the table between its marks."""
+    return MARKS.sub(lambda m: f"{m[1]}{made}\n{m[2]}", page)
 
 
 def quantized_table(rows, queries: int) -> Table:

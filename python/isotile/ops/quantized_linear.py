@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..precision import accumulator, stored
+from ..quantization import QuantizedWeight
 from ..spec import Case, ErrorModel, OpSpec, Result, Scalar, Tensor, Values
 from . import _activation, _quantized
 from . import matmul as product
@@ -39,8 +40,6 @@ def door(x, weight, bias=None, *, activation=None, residual=None, out_dtype=None
         ValueError: a shape or option that does not fit.
         TypeError: a dtype or type that is not allowed.
     """
-    from ..quantization import QuantizedWeight
-
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(
             "isotile.quantized_linear: weight: wanted a QuantizedWeight (isotile.quantize makes one), "
@@ -51,11 +50,12 @@ def door(x, weight, bias=None, *, activation=None, residual=None, out_dtype=None
             f"isotile.quantized_linear: weight: wanted shape [n, k] with k = {x.shape[-1]} (from x), "
             f"got {list(weight.shape)}"
         )
-    values = (
-        x, weight.packed, weight.scales, weight.zeros, weight.global_scale, bias, weight.scheme, weight.group_size,
-        activation, residual, out_dtype,
-    )  # fmt: skip
-    return values, ("y",)
+    if torch.compiler.is_compiling():
+        parts = [weight.packed, weight.scales, weight.zeros, weight.global_scale]
+    else:  # a module's attributes take microseconds
+        buffers = weight._buffers
+        parts = [buffers["packed"], buffers["scales"], buffers["zeros"], buffers["global_scale"]]
+    return (x, *parts, bias, weight.scheme, weight.group_size, activation, residual, out_dtype), ("y",)
 
 
 def quantized_linear(
