@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +17,10 @@ from isotile.backends import BACKENDS
 from isotile.backends.cpu import CpuBackend, extension
 from isotile.ops import _quantized
 from isotile.ops._quantized import SCHEMES
+from isotile.testing.recipes import dtype_name as name_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _whole_numbers
 
 module, _ = extension()
 for isa in [name for name, runs in module.instruction_sets() if runs][:-1]:
@@ -60,18 +67,19 @@ def test_integer_products_have_the_references_bits(backend, m, n, k):
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", CPUS)
-def test_grouped_integers_are_exact_where_float32_is(backend):
-    """Scales that are powers of two, and rows whose largest magnitude is 127, leave nothing to round."""
-    for group_size in (32, 64, 128):
-        for m in (3, 40):
-            q = weight(50, 257, "int4_dynamic", group_size, False)
-            q.scales.copy_(torch.exp2(randn(*q.scales.shape, seed=2).round().clamp(-3, 3)))
-            x = (randn(m, 257, seed=m) * 40).round().clamp(-127, 127)
-            x[:, 5] = 127.0
-            want = x.double() @ q.dequantize(torch.float64).mT
-            with isotile.use_backend(backend):
-                assert torch.equal(isotile.quantized_linear(x, q).double(), want)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=name_of)
+@pytest.mark.parametrize("backend", (*CPUS, "reference", "nki"))
+def test_grouped_integers_are_exact_where_float32_is(backend, dtype):
+    """The same bits on every backend, `triton` in test_triton.py; x that is not float32 keeps all its digits too."""
+
+    @hypothesis.settings(max_examples=20 if backend == "nki" else 100)
+    @hypothesis.given(_whole_numbers.calls(dtype))
+    def agrees(call):
+        x, q, want = call
+        with isotile.use_backend(backend):
+            assert torch.equal(isotile.quantized_linear(x, q), want)
+
+    agrees()
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"))

@@ -7,6 +7,8 @@ Triton decides at import whether it interprets: run this file with TRITON_INTERP
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +18,9 @@ import isotile
 from isotile import registry
 from isotile.__main__ import kernel_of
 from isotile.testing import check_recipe, recipes
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _whole_numbers
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 pytestmark = pytest.mark.skipif(
@@ -46,6 +51,20 @@ def test_agrees_with_the_float64_truth(op, dtype):
 
     agrees()
     assert served >= 10
+
+
+@pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch.")
+)
+def test_grouped_integers_are_exact_where_float32_is(dtype):
+    @hypothesis.settings(max_examples=20 if DEVICE == "cpu" else 100)
+    @hypothesis.given(_whole_numbers.calls(dtype))
+    def agrees(call):
+        x, q, want = call
+        with isotile.use_backend("triton"):
+            assert torch.equal(isotile.quantized_linear(x.to(DEVICE), q.to(DEVICE)).cpu(), want)
+
+    agrees()
 
 
 class EveryOperator(torch.nn.Module):

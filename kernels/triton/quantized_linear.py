@@ -816,7 +816,8 @@ def prepare(
                 "OPERAND": OPERANDS[operand],
                 "SUM": tl.int32 if operand == torch.int8 else tl.float32,
                 "EVEN_N": n % meta["BLOCK_N"] == 0,
-                "EVEN_K": k % depth == 0 or (how.dynamic is not None and how.bits == 4),
+                # the runs of a four-bit step lie 64 apart: the second may be beyond k though k is whole steps
+                "EVEN_K": k % (RUN if how.bits == 4 else depth) == 0 or (how.dynamic is not None and how.bits == 4),
                 "WIDE": is_wide,
                 **common,
                 **meta,
