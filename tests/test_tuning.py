@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+import isotile
 from isotile import registry, tuning
 from isotile.backends.triton import interpreted
 from isotile.bench import gpu_suite
@@ -200,6 +201,56 @@ def test_the_command_compiles_and_writes_a_model(tmp_path, capsys):
     (written,) = tuning.read(tmp_path, "triton", "sm_80", "softmax")
     assert written["source"] == "modelled" and "time_us" not in written
     assert written["facts"][0]["registers"] > 0 and written["device"] == "A100 SXM 80GB"
+
+
+@pytest.fixture
+def recording(tmp_path):
+    """A file of a program's calls: products, a norm and its gradient, grouped rows, attention with lengths."""
+    x, w = torch.randn(96, 320, requires_grad=True), torch.randn(200, 320)
+    q = torch.randn(2, 4, 40, 64, dtype=torch.bfloat16)
+    with isotile.record(tmp_path / "calls.json"):
+        isotile.layer_norm(isotile.linear(x, w), 200).sum().backward()
+        isotile.matmul(x.detach()[::2], w.t())
+        isotile.matmul(x.detach()[:48], w.t())
+        isotile.attention(q, q, q, is_causal=True, seqlens_k=torch.tensor([7, 40], dtype=torch.int32))
+        isotile.grouped_matmul(x.detach(), torch.randn(3, 320, 8), torch.tensor([0, 90, 96], dtype=torch.int32))
+        isotile.softmax(torch.randn(0, 8))
+        isotile.softmax(torch.randn(4, 8, dtype=torch.float64))
+    return tmp_path / "calls.json"
+
+
+def test_recorded_calls_are_the_cases(hopper, recording):
+    found = list(search.searches([], "cpu", recording=recording))
+    # the empty call and the one in float64 aside; of the two products that differ in strides one, each with TF32 too
+    assert {s.op for s in found} == {"attention", "grouped_matmul", "layer_norm", "layer_norm_backward", "matmul"}
+    problems = [(s.op, json.dumps(s.problem, sort_keys=True)) for s in found]
+    assert len(set(problems)) == len(problems)
+    assert [s.scalars.get("allow_tf32", False) for s in found if s.label.startswith("call 0: linear")] == [False, True]
+    (grouped,) = [s for s in found if s.op == "grouped_matmul" and "tf32" not in s.label]
+    offsets = search.fill(grouped, "cpu")[list(grouped.views).index("offsets")]
+    assert offsets.tolist() == [0, 90, 96], "the recorded distribution decides the work"
+    assert [s.label for s in search.searches(["matmul"], "cpu", "call 0", recording=recording)] == [
+        "call 0: linear float32 x 96x320, weight 200x320",
+        "call 0: linear float32 x 96x320, weight 200x320 tf32",
+    ]
+
+
+def test_the_command_tunes_recorded_calls(recording, tmp_path, capsys):
+    words = ["--cases", str(recording), "--device", "sm_90", "--workers", "1", "--candidates", "2"]
+    code = command.main(["matmul", "--case", "call 0: linear", *words, "--out", str(tmp_path / "tables")])
+    assert code == 0, capsys.readouterr().err
+    written = tuning.read(tmp_path / "tables", "triton", "sm_90", "matmul")
+    wanted = list(search.searches(["matmul"], "cpu", "call 0: linear", recording=recording))
+    assert len(written) == len(wanted) == 2
+    for one in wanted:  # what a call of that shape will look up
+        entry = tuning.nearest(written, one.problem)
+        assert entry is not None and entry["case"] == one.label and entry["source"] == "modelled"
+
+
+def test_the_command_refuses_what_is_no_recording(tmp_path, capsys):
+    (tmp_path / "calls.json").write_text("{}")
+    assert command.main(["--cases", str(tmp_path / "calls.json"), "--device", "sm_90"]) == 2
+    assert "--cases: " in (said := capsys.readouterr().err) and "wanted a recording" in said
 
 
 def test_the_command_refuses_what_it_cannot_do(capsys):

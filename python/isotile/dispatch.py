@@ -343,7 +343,7 @@ def make_plan(
         ValueError, TypeError: wrong arguments.
         BackendError: the chosen backend (or, without a choice, every backend) cannot serve the call.
     """
-    request, outs = _request(spec, overload, values, caller_outs, state)
+    request, outs = make_request(spec, overload, values, caller_outs, state)
     passed_over: list[tuple[str, str]] = []
     for backend, reason in candidates(request):
         if reason is not None:
@@ -361,9 +361,14 @@ def make_plan(
     raise BackendError(f"isotile.{spec.name}: no backend can serve this call. {reasons}")
 
 
-def _request(
+def make_request(
     spec: OpSpec, overload: str, values: dict[str, Any], caller_outs: Sequence[torch.Tensor] | None, state: State
 ) -> tuple[Request, tuple[OutSpec | None, ...]]:
+    """A call's request, and how its results are allocated; looks at nothing but the tensors' metadata.
+
+    Raises:
+        ValueError, TypeError: wrong arguments.
+    """
     check_types(spec, values)
     dims = bind_call(spec, values)
     outs = out_specs(spec, overload, values, dims)
@@ -503,7 +508,7 @@ def explain_call(spec: OpSpec, overload: str, values: dict[str, Any]) -> Explana
     from .backends import BACKENDS
 
     state = CURRENT.get()
-    request, _ = _request(spec, overload, values, None, state)
+    request, _ = make_request(spec, overload, values, None, state)
     chosen = next((b.name for b, reason in candidates(request) if reason is None), None)
     reasons: dict[str, str | None] = {}
     for backend in BACKENDS.values():

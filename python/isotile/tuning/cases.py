@@ -7,11 +7,17 @@ target without tensors. The shapes are those of common models, and of the publis
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import dispatch, registry, state
 from ..backends.triton_launch import View
+from ..record import load
 
 Views = dict[str, Any]
 NamedCase = tuple[str, str, Views, dict[str, Any]]
@@ -60,6 +66,47 @@ def cases(device="cpu"):
     yield from matmul_cases(v, bf16, f16, f32, i32)
     yield from quantized_cases(v, bf16, f16, f32)
     yield from attention_cases(v, bf16, f16, f32, i32, i64)
+
+
+def recorded(path: Path, device: str = "cpu") -> Iterator[tuple[NamedCase, dict[str, list[int]]]]:
+    """The calls of a recording that Triton has a kernel for, in kernel form, and the values of their small integers.
+
+    Raises:
+        NotARecording: the file is none.
+    """
+    for i, call in enumerate(load(path)):
+        spec = registry.spec(call.op)
+        given = {n: call.tensors.get(n) for n in spec.tensors}
+        tensors = {
+            n: t and torch.empty_strided(t["shape"], t["strides"], dtype=getattr(torch, t["dtype"]), device="meta")
+            for n, t in given.items()
+        }
+        scalars = {n: call.scalars.get(n, spec.signature.parameters[n].default) for n in spec.scalars}
+        scalars = {n: _typed(spec.scalars[n].type, v) for n, v in scalars.items()}
+        request, _ = dispatch.make_request(spec, call.overload, {**tensors, **scalars}, None, state.State())
+        lowered = request.lowered
+        if lowered.kernel not in registry.kernel_names("triton"):
+            continue
+        views = {
+            n: v and dataclasses.replace(v, device=torch.device(device))
+            for n, v in {**lowered.tensors, **lowered.outs}.items()
+        }
+        values = {
+            n: t["values"] for n, v in views.items() if v and (t := given.get(v.source)) is not None and "values" in t
+        }
+        shapes = ", ".join(f"{n} {'x'.join(map(str, t['shape']))}" for n, t in call.tensors.items())
+        label = f"call {i}: {call.op} {str(request.dtype).removeprefix('torch.')} {shapes}"
+        yield (lowered.kernel, label, views, lowered.scalars), values
+        prepare = registry.kernel_module("triton", lowered.kernel).prepare
+        if request.dtype == torch.float32 and "allow_tf32" in inspect.signature(prepare).parameters:
+            yield (lowered.kernel, f"{label} tf32", views, {**lowered.scalars, "allow_tf32": True}), values
+
+
+def _typed(kind: str, value: Any) -> Any:
+    """A scalar as the operator takes it, from JSON."""
+    if isinstance(value, list):
+        return tuple(value)
+    return getattr(torch, value) if kind == "ScalarType?" and isinstance(value, str) else value
 
 
 def matmul_cases(v, bf16, f16, f32, i32):

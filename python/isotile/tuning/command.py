@@ -20,6 +20,7 @@ import torch
 
 from .. import registry, tuning
 from ..interrupt import INTERRUPTED, interruptible
+from ..record import NotARecording
 from . import search, targets
 
 
@@ -58,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"cuda or cuda:N to measure; one of {', '.join(targets.TARGETS)} to model without a device",
     )
     words.add_argument("--case", default="", help="only cases with this text in their label")
+    words.add_argument(
+        "--cases", type=Path, metavar="FILE", help="the calls that isotile.record or isotile bench trace recorded, "
+        "instead of the named cases",
+    )  # fmt: skip
     words.add_argument("--minutes", type=float, default=10.0, help="stop measuring after this long, keep what is done")
     words.add_argument("--candidates", type=int, default=10, help="at most so many configurations of a case")
     words.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="processes that compile")
@@ -78,6 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(sorted(registry.kernel_names("triton")))
         print(f"isotile tune: no kernel {', '.join(sorted(unknown))}; there are {known}", file=sys.stderr)
         return 2
+    try:
+        return on_target(args)
+    except NotARecording as error:
+        print(f"isotile tune: --cases: {error}", file=sys.stderr)
+        return 2
+
+
+def on_target(args: argparse.Namespace) -> int:
+    """Measures on the GPU that is named, or models for the architecture."""
     if args.device in targets.TARGETS:
         return model(args)
     if torch.device(args.device).type != "cuda" or not torch.cuda.is_available():
@@ -114,7 +128,7 @@ def model(args: argparse.Namespace) -> int:
 
     target = targets.TARGETS[args.device]
     triton.runtime.driver.set_active(OfflineDriver(target.kind, target.arch))
-    found = list(search.searches(args.ops, "cpu", args.case, args.candidates))
+    found = list(search.searches(args.ops, "cpu", args.case, args.candidates, args.cases))
     if args.list:
         return listing(found)
     progress = Progress()
@@ -158,7 +172,7 @@ def on_device(args: argparse.Namespace) -> int:
     def bind(one: search.Search, chosen: Sequence[search.Candidate]) -> dict[str, Callable[[], Any]]:
         return search.calls_of(one, chosen, search.fill(one, f"cuda:{index}"))
 
-    found = list(search.searches(args.ops, f"cuda:{index}", args.case, args.candidates))
+    found = list(search.searches(args.ops, f"cuda:{index}", args.case, args.candidates, args.cases))
     if args.list:
         return listing(found)
     return tune(found, names, lambda calls: clock.fastest(calls), bind, args)

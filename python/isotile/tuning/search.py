@@ -19,7 +19,7 @@ import torch
 
 from .. import registry
 from . import targets
-from .cases import NamedCase, cases
+from .cases import NamedCase, cases, recorded
 
 #: A candidate whose modelled cost is beyond this multiple of the least is not tried.
 SLOWEST = 1.6
@@ -44,7 +44,7 @@ class Candidate:
 
 @dataclasses.dataclass
 class Search:
-    """A case and its candidates, the kernel's own choice first."""
+    """A case and its candidates, the kernel's own choice first. `values` are those of integer tensors, where known."""
 
     op: str
     label: str
@@ -52,23 +52,33 @@ class Search:
     scalars: dict[str, Any]
     problem: dict[str, Any]
     candidates: list[Candidate]
+    values: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
     def launches(self, candidate: Candidate) -> list[Any]:
         module = registry.kernel_module("triton", self.op)
         return module.prepare(**self.views, **self.scalars, config=candidate.config)
 
 
-def searches(ops: Sequence[str], device: str, wanted: str = "", most: int = 10) -> Iterator[Search]:
+def searches(
+    ops: Sequence[str], device: str, wanted: str = "", most: int = 10, recording: Path | None = None
+) -> Iterator[Search]:
     """A search for each case of `ops` (all if empty) whose label holds `wanted`, with at most `most` candidates.
 
-    Triton's active driver says for which architecture.
+    Triton's active driver says for which architecture. With `recording`, its calls are the cases, each problem once.
     """
-    for op, label, views, scalars in cases(device):
-        if (ops and op not in ops) or wanted not in label:
+    found = ((c, {}) for c in cases(device)) if recording is None else recorded(recording, device)
+    seen = set()
+    for case, values in found:
+        op, label, views, scalars = case
+        if (ops and op not in ops) or wanted not in label or any(v and not v.numel() for v in views.values()):
             continue
         module = registry.kernel_module("triton", op)
         if hasattr(module, "candidates") and module.supports(**views, **scalars) is None:
-            yield search((op, label, views, scalars), most)
+            one = dataclasses.replace(search(case, most), values=values)
+            key = op, json.dumps(one.problem, sort_keys=True)
+            if recording is None or key not in seen:
+                seen.add(key)
+                yield one
 
 
 def search(case: NamedCase, most: int) -> Search:
@@ -105,17 +115,16 @@ def _use_target(name: str) -> None:
     triton.runtime.driver.set_active(OfflineDriver(target.kind, target.arch))
 
 
-def compile_case(name: str, op: str, label: str, config: dict[str, Any] | None) -> list[dict[str, Any]]:
+def compile_case(
+    name: str, op: str, views: dict[str, Any], scalars: dict[str, Any], config: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     """In a worker process: compiles the launches of a case for a target; what each needs."""
     from ..backends.triton_launch import compile_launch
 
-    for each, own_label, views, scalars in cases():
-        if (each, own_label) == (op, label):
-            module = registry.kernel_module("triton", op)
-            launches = module.prepare(**views, **scalars, config=config)
-            kind = targets.TARGETS[name].kind
-            return [{"kernel": one.kernel.__name__, **targets.resources(compile_launch(one), kind)} for one in launches]
-    raise KeyError(f"no case {op} {label}")
+    here = {n: v and dataclasses.replace(v, device=torch.device("cpu")) for n, v in views.items()}
+    launches = registry.kernel_module("triton", op).prepare(**here, **scalars, config=config)
+    kind = targets.TARGETS[name].kind
+    return [{"kernel": one.kernel.__name__, **targets.resources(compile_launch(one), kind)} for one in launches]
 
 
 def compile_all(
@@ -128,7 +137,7 @@ def compile_all(
     context = multiprocessing.get_context("spawn")
     while jobs:
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, _use_target, (target,))
-        pending = {pool.submit(compile_case, target, s.op, s.label, c.config): (s, c) for s, c in jobs}
+        pending = {pool.submit(compile_case, target, s.op, s.views, s.scalars, c.config): (s, c) for s, c in jobs}
         jobs = []
         try:
             while pending:
@@ -245,7 +254,10 @@ def fill(one: Search, device: str) -> list[torch.Tensor | None]:
             made.append(None)
             continue
         size = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
-        if name == "offsets":
+        if name in one.values:
+            flat = torch.zeros(size, dtype=view.dtype, device=device)
+            flat.as_strided(view.shape, view.strides).copy_(torch.tensor(one.values[name]).reshape(view.shape))
+        elif name == "offsets":
             rows = one.problem["rows"]
             flat = torch.linspace(0, rows, len(range(view.shape[0])) + 1, device=device)[1:].to(view.dtype)
         elif name == "seqlens_k":
