@@ -87,6 +87,14 @@ KERNELS = [
         ("softmax",),
     ),
     Mutant(
+        "streamed_tail_cut",
+        "csrc/ops/_rows.h",
+        "  ISOTILE_INLINE void stream(Vec<A> v, T* row) const {\n    v.store(row + i, count);",
+        "  ISOTILE_INLINE void stream(Vec<A> v, T* row) const {\n    v.store(row + i, count - 1);",
+        "only outputs larger than the last cache are written that way",
+        ("tests/csrc/test_rows_kernel.py", "-k", "scalar and softmax_backward"),
+    ),
+    Mutant(
         "maximum_of_padding",
         "csrc/ops/softmax.cc",
         "  if (i < n) m[1] = select(V::Mask::first(n - i), max(V::load(x + i, n - i), m[1]), m[1]);",
@@ -98,8 +106,8 @@ KERNELS = [
     Mutant(
         "softmax_rows_start_over",
         "csrc/ops/softmax.cc",
-        "  const Scratch<A> kept(keep ? n : 0);\n  RowWalker<2> walk({&x, &y}, begin);",
-        "  const Scratch<A> kept(keep ? n : 0);\n  RowWalker<2> walk({&x, &y}, 0);",
+        "  const Scratch<A> kept(keep && !keep_in_place ? n : 0);\n  RowWalker<2> walk({&x, &y}, begin);",
+        "  const Scratch<A> kept(keep && !keep_in_place ? n : 0);\n  RowWalker<2> walk({&x, &y}, 0);",
         "right until a second thread begins elsewhere",
         large("softmax", threads=3),
         ("softmax",),

@@ -28,14 +28,16 @@ struct Normaliser {
   ISOTILE_INLINE V operator()(V x) const { return kCentered ? fma(x - center, scale, shift) : x * scale; }
 };
 
-template <bool kCentered, class T>
-ISOTILE_INLINE RowStatistics<Accumulator<T>> row_statistics(const T* x, int64_t n, double eps) {
+// `also(at)` is run along the first pass.
+template <bool kCentered, class T, class Also>
+ISOTILE_INLINE RowStatistics<Accumulator<T>> row_statistics(const T* x, int64_t n, double eps, const Also& also) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const double count = static_cast<double>(n);
   if constexpr (!kCentered) {
     double squares[1];
-    row_reduce<A, 1>(n, squares, [x](auto at, V* sums) {
+    row_reduce<A, 1>(n, squares, [x, also](auto at, V* sums) {
+      also(at);
       const V v = at.load(x);
       sums[0] = fma(v, v, sums[0]);
     });
@@ -47,7 +49,8 @@ ISOTILE_INLINE RowStatistics<Accumulator<T>> row_statistics(const T* x, int64_t 
     for (int pass = 0; pass < 2; ++pass) {
       const V m = V::set1(center);
       double moments[2];
-      row_reduce<A, 2>(n, moments, [x, m](auto at, V* sums) {
+      row_reduce<A, 2>(n, moments, [x, m, also](auto at, V* sums) {
+        also(at);
         const V d = at.load(x) - m;
         sums[0] += d;
         sums[1] = fma(d, d, sums[1]);
@@ -73,20 +76,17 @@ struct NormForward {
   const TensorView& sum;
 };
 
-template <bool kCentered, bool kAffine, bool kStream, class T>
-ISOTILE_INLINE void write_normalised(const T* x, const T* next_x, T* y, const Accumulator<T>* weight, const Accumulator<T>* bias,
-                                     int64_t n, const RowStatistics<Accumulator<T>>& row) {
+template <bool kCentered, bool kAffine, Reach kReach, class T>
+ISOTILE_INLINE void norm_row(const T* x, const T* next_x, T* y, const Accumulator<T>* weight,
+                             const Accumulator<T>* bias, int64_t n, double eps) {
   using V = Vec<Accumulator<T>>;
+  const auto row = row_statistics<kCentered>(x, n, eps, [y](auto at) { ask_output<kReach>(y + at.i); });
   const Normaliser<kCentered, Accumulator<T>> normalise(row);
-  for_lanes<Accumulator<T>>(n, [&, normalise](auto at) {
-    prefetch(next_x + at.i);
+  for_lanes<Accumulator<T>>(n, [=](auto at) {
+    ask_next<kReach>(next_x + at.i);
     V v = normalise(at.load(x));
     if constexpr (kAffine) v = fma(v, at.load(weight), at.load(bias));
-    if constexpr (kStream) {
-      at.stream(v, y);
-    } else {
-      at.store(v, y);
-    }
+    write_lanes<kReach>(at, v, y);
   });
 }
 
@@ -98,7 +98,7 @@ ISOTILE_INLINE void add_rows(const T* x, const T* residual, T* sum, int64_t n) {
 
 template <bool kCentered, bool kAffine, class T>
 void norm_plain_rows(const NormForward& a, const Accumulator<T>* weight, const Accumulator<T>* bias, double eps,
-                     bool stream, int64_t begin, int64_t end) {
+                     Reach reach, int64_t begin, int64_t end) {
   const int64_t n = row_length(a.y);
   RowWalker<4> walk({&a.x, &a.residual, &a.y, &a.sum}, begin);
   Scratch<T> unwanted_sum(a.residual.present() && !a.sum.present() ? n : 0);
@@ -112,14 +112,11 @@ void norm_plain_rows(const NormForward& a, const Accumulator<T>* weight, const A
       add_rows(x, data_of<T>(a.residual) + offset.at[1], sum, n);
       x = sum;
     }
-    const auto statistics = row_statistics<kCentered>(x, n, eps);
-    if (stream && aligned_for_stream(y)) {
-      write_normalised<kCentered, kAffine, true>(x, next_x, y, weight, bias, n, statistics);
-    } else {
-      write_normalised<kCentered, kAffine, false>(x, next_x, y, weight, bias, n, statistics);
-    }
+    with_reach(reach, y, [&](auto r) {
+      norm_row<kCentered, kAffine, decltype(r)::value>(x, next_x, y, weight, bias, n, eps);
+    });
   }
-  if (stream) stream_fence();
+  if (reach == Reach::kPast) stream_fence();
 }
 
 // Any strides and mixed dtypes: rows go through contiguous accumulators.
@@ -142,8 +139,7 @@ void norm_any_rows(const NormForward& a, const A* weight, const A* bias, double 
       });
       if (a.sum.present()) store_row(a.sum, walk.offset[3], n, x.data());
     }
-    write_normalised<kCentered, true, false>(x.data(), x.data(), y.data(), weight, bias, n,
-                                             row_statistics<kCentered>(x.data(), n, eps));
+    norm_row<kCentered, true, Reach::kNear>(x.data(), x.data(), y.data(), weight, bias, n, eps);
     store_row(a.y, walk.offset[2], n, y.data());
   }
 }
@@ -159,14 +155,14 @@ ISOTILE_INLINE void norm_forward(const NormForward& a, double eps, double weight
     const bool affine = a.weight.present() || a.bias.present() || !fast;
     const Parameter<A> weight(a.weight, affine ? n : 0, weight_offset, 1);
     const Parameter<A> bias(a.bias, affine ? n : 0, 0, 0);
-    const bool stream = worth_streaming(a.y);
+    const Reach reach = reach_of(a.y, 2);
     parallel_for(0, rows, row_grain(n), [&](int64_t begin, int64_t end) {
       if (!fast) {
         norm_any_rows<kCentered, A>(a, weight.data(), bias.data(), eps, begin, end);
       } else if (affine) {
-        norm_plain_rows<kCentered, true, T>(a, weight.data(), bias.data(), eps, stream, begin, end);
+        norm_plain_rows<kCentered, true, T>(a, weight.data(), bias.data(), eps, reach, begin, end);
       } else {
-        norm_plain_rows<kCentered, false, T>(a, nullptr, nullptr, eps, stream, begin, end);
+        norm_plain_rows<kCentered, false, T>(a, nullptr, nullptr, eps, reach, begin, end);
       }
     });
   });

@@ -35,12 +35,16 @@ struct BackwardRows {
 template <bool kCentered, bool kParameters, int kRows, class T>
 ISOTILE_INLINE void norm_backward_rows(const BackwardRows<kRows, T>& rows, const Accumulator<T>* weight,
                                        Accumulator<T>* grad_weight, Accumulator<T>* grad_bias, int64_t n, double eps,
-                                       bool stream) {
+                                       Reach reach) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   Normaliser<kCentered, A> normalise[kRows];
   for (int r = 0; r < kRows; ++r) {
-    normalise[r] = Normaliser<kCentered, A>(row_statistics<kCentered>(rows.x[r], n, eps));
+    const T* to = rows.grad_x[r];
+    normalise[r] = Normaliser<kCentered, A>(
+        to && reach == Reach::kFar
+            ? row_statistics<kCentered>(rows.x[r], n, eps, [to](auto at) { ask_output<Reach::kFar>(to + at.i); })
+            : row_statistics<kCentered>(rows.x[r], n, eps, [](auto) {}));
   }
   const T* grads[kRows];  // copies: the stores below might change what `rows` refers to, for all the compiler knows
   const T* xs[kRows];
@@ -83,20 +87,23 @@ ISOTILE_INLINE void norm_backward_rows(const BackwardRows<kRows, T>& rows, const
     const T* next_grad = rows.next_grad[r];
     const T* next_x = rows.next_x[r];
     const auto gradient = [=](auto at) {
-      prefetch(next_grad + at.i);
-      prefetch(next_x + at.i);
       V d = at.load(grad) * at.load(weight);
       if constexpr (kCentered) d -= mean_wg;
       return fnma(normalise_row(at.load(x)), mean_wgh, d) * normalise_row.scale;
     };
     T* to = rows.grad_x[r];
     if (const T* grad_sum = rows.grad_sum[r]) {
-      for_lanes<A>(n, [&](auto at) { at.store(gradient(at) + at.load(grad_sum), to); });
-    } else if (stream && aligned_for_stream(to)) {
-      for_lanes<A>(n, [&](auto at) { at.stream(gradient(at), to); });
-    } else {
-      for_lanes<A>(n, [&](auto at) { at.store(gradient(at), to); });
+      for_lanes<A>(n, [=](auto at) { at.store(gradient(at) + at.load(grad_sum), to); });
+      continue;
     }
+    with_reach(reach, to, [&](auto reached) {
+      constexpr Reach kReach = decltype(reached)::value;
+      for_lanes<A>(n, [=](auto at) {
+        ask_next<kReach>(next_grad + at.i);
+        ask_next<kReach>(next_x + at.i);
+        write_lanes<kReach>(at, gradient(at), to);
+      });
+    });
   }
 }
 
@@ -108,7 +115,7 @@ constexpr int kRowsTogether = 2;
 
 template <bool kCentered, bool kParameters, class T>
 void norm_backward_plain_rows(const NormBackward& a, const Accumulator<T>* weight, Accumulator<T>* grad_weight,
-                              Accumulator<T>* grad_bias, double eps, bool stream, int64_t begin, int64_t end) {
+                              Accumulator<T>* grad_bias, double eps, Reach reach, int64_t begin, int64_t end) {
   constexpr int kRows = kRowsTogether;
   const int64_t n = row_length(a.x);
   using Walker = RowWalker<4>;
@@ -132,7 +139,7 @@ void norm_backward_plain_rows(const NormBackward& a, const Accumulator<T>* weigh
       group.next_grad[r] = following.grad[r];
       group.next_x[r] = following.x[r];
     }
-    norm_backward_rows<kCentered, kParameters>(group, weight, grad_weight, grad_bias, n, eps, stream);
+    norm_backward_rows<kCentered, kParameters>(group, weight, grad_weight, grad_bias, n, eps, reach);
     group = following;
     row += kRows;
   }
@@ -141,9 +148,9 @@ void norm_backward_plain_rows(const NormBackward& a, const Accumulator<T>* weigh
     point(one, 0, walk.step());
     one.next_grad[0] = one.grad[0];
     one.next_x[0] = one.x[0];
-    norm_backward_rows<kCentered, kParameters>(one, weight, grad_weight, grad_bias, n, eps, stream);
+    norm_backward_rows<kCentered, kParameters>(one, weight, grad_weight, grad_bias, n, eps, reach);
   }
-  if (stream) stream_fence();
+  if (reach == Reach::kPast) stream_fence();
 }
 
 // Any strides and mixed dtypes: rows go through contiguous accumulators.
@@ -153,12 +160,13 @@ void norm_backward_any_rows(const NormBackward& a, const A* weight, A* grad_weig
   const int64_t n = row_length(a.x);
   RowWalker<4> walk({&a.grad, &a.grad_sum, &a.x, &a.grad_x}, begin);
   Scratch<A> grad(n), grad_sum(a.grad_sum.present() ? n : 0), x(n), grad_x(n);
-  const BackwardRows<1, A> one = {{grad.data()}, {grad_sum.data()}, {x.data()}, {grad_x.data()}, {grad.data()}, {x.data()}};
+  const BackwardRows<1, A> one = {{grad.data()},   {grad_sum.data()}, {x.data()},
+                                  {grad_x.data()}, {grad.data()},     {x.data()}};
   for (int64_t row = begin; row < end; ++row, walk.next()) {
     load_row(a.grad, walk.offset[0], n, grad.data());
     if (a.grad_sum.present()) load_row(a.grad_sum, walk.offset[1], n, grad_sum.data());
     load_row(a.x, walk.offset[2], n, x.data());
-    norm_backward_rows<kCentered, true>(one, weight, grad_weight, grad_bias, n, eps, false);
+    norm_backward_rows<kCentered, true>(one, weight, grad_weight, grad_bias, n, eps, Reach::kNear);
     if (a.grad_x.present()) store_row(a.grad_x, walk.offset[3], n, grad_x.data());
   }
 }
@@ -168,6 +176,7 @@ template <class A>
 void merge_blocks(const TensorView& to, const A* partials, int64_t blocks, int64_t block_stride, int64_t n) {
   using V = Vec<A>;
   if (!to.present()) return;
+  if (blocks == 1) return store_row(to, 0, n, partials);
   Scratch<A> total(n);
   parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
     for_lanes<A>(end - begin, [&](auto at) {
@@ -189,7 +198,7 @@ ISOTILE_INLINE void norm_backward(const NormBackward& a, double eps, double weig
     const bool fast = plain<T>(a.grad) && plain<T>(a.grad_sum) && plain<T>(a.x) && plain<T>(a.grad_x);
     const bool parameters = a.grad_weight.present() || a.grad_bias.present() || !fast;
     const Parameter<A> weight(a.weight, n, weight_offset, 1);
-    const bool stream = worth_streaming(a.grad_x);
+    const Reach reach = reach_of(a.x, 3);
 
     constexpr int64_t kPartialBytes = int64_t{4} << 20;  // each block's sums are cleared, and read once more
     const int64_t block_stride = (2 * n + 63) / 64 * 64;
@@ -206,14 +215,14 @@ ISOTILE_INLINE void norm_backward(const NormBackward& a, double eps, double weig
         const int64_t begin = block * block_rows;
         const int64_t end = rows - begin < block_rows ? rows : begin + block_rows;
         if (!parameters) {
-          norm_backward_plain_rows<kCentered, false, T>(a, weight.data(), nullptr, nullptr, eps, stream, begin, end);
+          norm_backward_plain_rows<kCentered, false, T>(a, weight.data(), nullptr, nullptr, eps, reach, begin, end);
           continue;
         }
         A* grad_weight = partials.data() + block * block_stride;
         A* grad_bias = grad_weight + n;
         for_lanes<A>(2 * n, [&](auto at) { at.store(Vec<A>::zero(), grad_weight); });
         if (fast) {
-          norm_backward_plain_rows<kCentered, true, T>(a, weight.data(), grad_weight, grad_bias, eps, stream, begin,
+          norm_backward_plain_rows<kCentered, true, T>(a, weight.data(), grad_weight, grad_bias, eps, reach, begin,
                                                        end);
         } else {
           norm_backward_any_rows<kCentered, A>(a, weight.data(), grad_weight, grad_bias, eps, begin, end);

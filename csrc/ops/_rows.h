@@ -150,7 +150,9 @@ class Parameter {
       return;
     }
     if (view.present()) load_row(view, 0, n, own_.data());
-    for (int64_t i = 0; i < n; ++i) own_[i] = view.present() ? own_[i] + static_cast<A>(offset) : static_cast<A>(otherwise);
+    for (int64_t i = 0; i < n; ++i) {
+      own_[i] = view.present() ? own_[i] + static_cast<A>(offset) : static_cast<A>(otherwise);
+    }
   }
   ISOTILE_INLINE const A* data() const { return data_; }
 
@@ -240,12 +242,6 @@ ISOTILE_INLINE void row_reduce(int64_t n, double (&out)[kSums], const F& f) {
   }
 }
 
-// Asks for the line of a row that comes next, while this one is worked on: the hardware's own prefetch stops at pages.
-template <class T>
-ISOTILE_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
-}
-
 // Outputs that will not stay in the caches anyway are written past them: no read for ownership.
 ISOTILE_INLINE bool worth_streaming(const TensorView& view) {
   return view.present() && view.numel() * item_size(view.dtype) > last_level_cache_bytes() / 2;
@@ -253,6 +249,47 @@ ISOTILE_INLINE bool worth_streaming(const TensorView& view) {
 template <class T>
 ISOTILE_INLINE bool aligned_for_stream(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (Vec<Accumulator<T>>::kLanes * sizeof(T)) == 0;
+}
+
+// What lies beyond the row at hand: kNear: all of it is in the second level of cache; kFar: the next row's inputs and
+// this one's output are asked for ahead of their use (the hardware's own prefetch stops at pages, and a first write
+// reads); kPast: the output is written past the caches.
+enum class Reach { kNear, kFar, kPast };
+template <Reach kReach>
+struct ReachOf {
+  static constexpr Reach value = kReach;
+};
+
+// Of a call over `arrays` arrays like `out`.
+ISOTILE_INLINE Reach reach_of(const TensorView& out, int arrays) {
+  const int64_t bytes = out.numel() * item_size(out.dtype);
+  if (worth_streaming(out)) return Reach::kPast;
+  const bool rows_fit = 4 * arrays * row_length(out) * item_size(out.dtype) <= l2_cache_bytes();
+  return arrays * bytes > l2_cache_bytes() && rows_fit ? Reach::kFar : Reach::kNear;
+}
+// f(ReachOf<...>) for one row of output; whole vectors past the caches want an aligned one.
+template <class T, class F>
+ISOTILE_INLINE void with_reach(Reach reach, const T* out, const F& f) {
+  if (reach == Reach::kNear) return f(ReachOf<Reach::kNear>{});
+  if (reach == Reach::kPast && aligned_for_stream(out)) return f(ReachOf<Reach::kPast>{});
+  f(ReachOf<Reach::kFar>{});
+}
+
+template <Reach kReach, class T>
+ISOTILE_INLINE void ask_next(const T* p) {
+  if constexpr (kReach != Reach::kNear) __builtin_prefetch(p, 0, 2);
+}
+template <Reach kReach, class T>
+ISOTILE_INLINE void ask_output(const T* p) {
+  if constexpr (kReach == Reach::kFar) __builtin_prefetch(p, 1, 2);
+}
+template <Reach kReach, class At, class V, class T>
+ISOTILE_INLINE void write_lanes(At at, V v, T* row) {
+  if constexpr (kReach == Reach::kPast) {
+    at.stream(v, row);
+  } else {
+    at.store(v, row);
+  }
 }
 
 }  // namespace ISOTILE_ISA

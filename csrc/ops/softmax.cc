@@ -21,34 +21,30 @@ ISOTILE_INLINE Accumulator<T> row_maximum(const T* x, int64_t n) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// `kept` [n] holds the exponentials between the passes; null: they are taken twice instead.
-template <bool kStream, class T>
-ISOTILE_INLINE void softmax_row(const T* x, T* y, Accumulator<T>* kept, int64_t n) {
+// `kept` [n] holds the exponentials between the passes, and may be y; null: they are taken twice instead. next_x: the
+// next row, or this one where there is none.
+template <Reach kReach, class T>
+ISOTILE_INLINE void softmax_row(const T* x, const T* next_x, T* y, Accumulator<T>* kept, int64_t n) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const V maximum = V::set1(row_maximum(x, n));
   double sum[1];
   if (kept) {
-    row_reduce<A, 1, 2>(n, sum, [&](auto at, V* s) {
+    row_reduce<A, 1, 2>(n, sum, [=](auto at, V* s) {
+      ask_output<kReach>(y + at.i);
+      ask_next<kReach>(next_x + at.i);
       const V e = exp_nonpositive(at.load(x) - maximum);
       at.store(e, kept);
       s[0] += e;
     });
   } else {
-    row_reduce<A, 1, 2>(n, sum, [&](auto at, V* s) { s[0] += exp_nonpositive(at.load(x) - maximum); });
+    row_reduce<A, 1, 2>(n, sum, [=](auto at, V* s) { s[0] += exp_nonpositive(at.load(x) - maximum); });
   }
   const V scale = V::set1(static_cast<A>(1.0 / sum[0]));
-  const auto write = [&](auto at, V e) {
-    if constexpr (kStream) {
-      at.stream(e * scale, y);
-    } else {
-      at.store(e * scale, y);
-    }
-  };
   if (kept) {
-    for_lanes<A>(n, [&](auto at) { write(at, at.load(kept)); });
+    for_lanes<A>(n, [=](auto at) { write_lanes<kReach>(at, at.load(kept) * scale, y); });
   } else {
-    for_lanes<A>(n, [&](auto at) { write(at, exp_nonpositive(at.load(x) - maximum)); });
+    for_lanes<A>(n, [=](auto at) { write_lanes<kReach>(at, exp_nonpositive(at.load(x) - maximum) * scale, y); });
   }
 }
 
@@ -56,20 +52,25 @@ template <class T>
 void softmax_plain_rows(const TensorView& x, const TensorView& y, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const int64_t n = row_length(x);
+  const Reach reach = reach_of(y, 2);
   const bool keep = n * static_cast<int64_t>(sizeof(A)) <= l2_cache_bytes() / 2;
-  const bool stream = worth_streaming(y);
-  const Scratch<A> kept(keep ? n : 0);
+  const bool keep_in_place = sizeof(T) == sizeof(A) && reach != Reach::kPast;
+  const Scratch<A> kept(keep && !keep_in_place ? n : 0);
   RowWalker<2> walk({&x, &y}, begin);
-  for (int64_t row = begin; row < end; ++row, walk.next()) {
-    const T* from = data_of<T>(x) + walk.offset[0];
-    T* to = data_of<T>(y) + walk.offset[1];
-    if (stream && aligned_for_stream(to)) {
-      softmax_row<true>(from, to, kept.data(), n);
-    } else {
-      softmax_row<false>(from, to, kept.data(), n);
-    }
+  for (int64_t row = begin; row < end; ++row) {
+    const auto offset = walk.step();
+    const T* from = data_of<T>(x) + offset.at[0];
+    const T* next = row + 1 < end ? data_of<T>(x) + walk.offset[0] : from;
+    T* to = data_of<T>(y) + offset.at[1];
+    with_reach(reach, to, [&](auto r) {
+      if constexpr (sizeof(T) == sizeof(A)) {
+        softmax_row<decltype(r)::value>(from, next, to, keep_in_place ? to : kept.data(), n);
+      } else {
+        softmax_row<decltype(r)::value>(from, next, to, kept.data(), n);
+      }
+    });
   }
-  if (stream) stream_fence();
+  if (reach == Reach::kPast) stream_fence();
 }
 
 // Any strides and mixed dtypes: rows go through contiguous accumulators.
@@ -80,7 +81,7 @@ void softmax_any_rows(const TensorView& x, const TensorView& y, int64_t begin, i
   RowWalker<2> walk({&x, &y}, begin);
   for (int64_t row = begin; row < end; ++row, walk.next()) {
     load_row(x, walk.offset[0], n, row_x.data());
-    softmax_row<false>(row_x.data(), row_y.data(), row_y.data(), n);
+    softmax_row<Reach::kNear>(row_x.data(), row_x.data(), row_y.data(), row_y.data(), n);
     store_row(y, walk.offset[1], n, row_y.data());
   }
 }

@@ -5,20 +5,22 @@ namespace isotile {
 namespace ISOTILE_ISA {
 namespace {
 
-template <bool kStream, class T>
-ISOTILE_INLINE void softmax_backward_row(const T* grad, const T* y, T* grad_x, int64_t n) {
+// next_*: of the next row, or this one's own where there is none.
+template <Reach kReach, class T>
+ISOTILE_INLINE void softmax_backward_row(const T* grad, const T* y, T* grad_x, const T* next_grad, const T* next_y,
+                                         int64_t n) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   double dot[1];
-  row_reduce<A, 1>(n, dot, [&](auto at, V* s) { s[0] = fma(at.load(grad), at.load(y), s[0]); });
+  row_reduce<A, 1>(n, dot, [=](auto at, V* s) {
+    ask_output<kReach>(grad_x + at.i);
+    s[0] = fma(at.load(grad), at.load(y), s[0]);
+  });
   const V d = V::set1(static_cast<A>(dot[0]));
-  for_lanes<A>(n, [&](auto at) {
-    const V v = (at.load(grad) - d) * at.load(y);
-    if constexpr (kStream) {
-      at.stream(v, grad_x);
-    } else {
-      at.store(v, grad_x);
-    }
+  for_lanes<A>(n, [=](auto at) {
+    ask_next<kReach>(next_grad + at.i);
+    ask_next<kReach>(next_y + at.i);
+    write_lanes<kReach>(at, (at.load(grad) - d) * at.load(y), grad_x);
   });
 }
 
@@ -26,19 +28,20 @@ template <class T>
 void softmax_backward_plain_rows(const TensorView& grad, const TensorView& y, const TensorView& grad_x, int64_t begin,
                                  int64_t end) {
   const int64_t n = row_length(y);
-  const bool stream = worth_streaming(grad_x);
+  const Reach reach = reach_of(grad_x, 3);
   RowWalker<3> walk({&grad, &y, &grad_x}, begin);
-  for (int64_t row = begin; row < end; ++row, walk.next()) {
-    T* to = data_of<T>(grad_x) + walk.offset[2];
-    const T* row_grad = data_of<T>(grad) + walk.offset[0];
-    const T* row_y = data_of<T>(y) + walk.offset[1];
-    if (stream && aligned_for_stream(to)) {
-      softmax_backward_row<true>(row_grad, row_y, to, n);
-    } else {
-      softmax_backward_row<false>(row_grad, row_y, to, n);
-    }
+  for (int64_t row = begin; row < end; ++row) {
+    const auto offset = walk.step();
+    const int64_t* next = row + 1 < end ? walk.offset : offset.at;
+    const T* from_grad = data_of<T>(grad);
+    const T* from_y = data_of<T>(y);
+    T* to = data_of<T>(grad_x) + offset.at[2];
+    with_reach(reach, to, [&](auto r) {
+      softmax_backward_row<decltype(r)::value>(from_grad + offset.at[0], from_y + offset.at[1], to,
+                                               from_grad + next[0], from_y + next[1], n);
+    });
   }
-  if (stream) stream_fence();
+  if (reach == Reach::kPast) stream_fence();
 }
 
 // Any strides and mixed dtypes: rows go through contiguous accumulators.
@@ -51,7 +54,8 @@ void softmax_backward_any_rows(const TensorView& grad, const TensorView& y, cons
   for (int64_t row = begin; row < end; ++row, walk.next()) {
     load_row(grad, walk.offset[0], n, row_grad.data());
     load_row(y, walk.offset[1], n, row_y.data());
-    softmax_backward_row<false>(row_grad.data(), row_y.data(), row_grad.data(), n);
+    softmax_backward_row<Reach::kNear>(row_grad.data(), row_y.data(), row_grad.data(), row_grad.data(), row_y.data(),
+                                       n);
     store_row(grad_x, walk.offset[2], n, row_grad.data());
   }
 }
