@@ -105,25 +105,24 @@ void key_products(const T* k, int64_t k_row, int64_t d, const typename Packed<T>
   }
 }
 
-// o[row, column] += sum over n keys of weight[row, key] v[key, column], for kRows rows and up to kVecs vectors of
-// columns.
+// o[row, column] += sum over n keys of weight[row, key] v[key, column], for kRows rows and kVecs vectors of columns:
+// whole ones, or a single one of the first `columns`.
 template <class T, int kRows, int kVecs, bool kPartial>
 ISOTILE_INLINE void add_values(const T* v, int64_t v_row, int64_t columns, const Accumulator<T>* weight,
                                int64_t weight_row, int64_t n, Accumulator<T>* o, int64_t o_row) {
   using V = Vec<Accumulator<T>>;
   V acc[kRows][kVecs];
-  const int64_t vecs = kPartial ? (columns + V::kLanes - 1) / V::kLanes : kVecs;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) acc[r][i] = i < vecs ? V::load(o + r * o_row + i * V::kLanes) : V::zero();
+    for (int i = 0; i < kVecs; ++i) acc[r][i] = V::load(o + r * o_row + i * V::kLanes);
   }
   for (int64_t j = 0; j < n; ++j) {
     V x[kVecs];
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) {
       if constexpr (kPartial) {
-        x[i] = V::load(v + j * v_row + i * V::kLanes, max64(0, min64(V::kLanes, columns - i * V::kLanes)));
+        x[i] = V::load(v + j * v_row, columns);
       } else {
         x[i] = V::load(v + j * v_row + i * V::kLanes);
       }
@@ -138,22 +137,25 @@ ISOTILE_INLINE void add_values(const T* v, int64_t v_row, int64_t columns, const
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) {
-      if (i < vecs) acc[r][i].store(o + r * o_row + i * V::kLanes);
-    }
+    for (int i = 0; i < kVecs; ++i) acc[r][i].store(o + r * o_row + i * V::kLanes);
   }
 }
 
-template <class T, int kRows>
-void value_products(const T* v, int64_t v_row, int64_t dv, const Accumulator<T>* weight, int64_t weight_row, int64_t n,
-                    Accumulator<T>* o, int64_t o_row) {
-  constexpr int kVecs = kDecodeSums / (kRows < 2 ? 2 : kRows);
+// What fits the registers with kRows rows, then halves of it down to one vector, then what is left.
+template <class T, int kRows, int kVecs>
+ISOTILE_INLINE void value_products(const T* v, int64_t v_row, int64_t dv, const Accumulator<T>* weight,
+                                   int64_t weight_row, int64_t n, Accumulator<T>* o, int64_t o_row) {
   constexpr int64_t kColumns = kVecs * Vec<Accumulator<T>>::kLanes;
   int64_t c = 0;
   for (; c + kColumns <= dv; c += kColumns) {
     add_values<T, kRows, kVecs, false>(v + c, v_row, kColumns, weight, weight_row, n, o + c, o_row);
   }
-  if (c < dv) add_values<T, kRows, kVecs, true>(v + c, v_row, dv - c, weight, weight_row, n, o + c, o_row);
+  if (c == dv) return;
+  if constexpr (kVecs > 1) {
+    value_products<T, kRows, kVecs / 2>(v + c, v_row, dv - c, weight, weight_row, n, o + c, o_row);
+  } else {
+    add_values<T, kRows, 1, true>(v + c, v_row, dv - c, weight, weight_row, n, o + c, o_row);
+  }
 }
 
 template <class T>
@@ -234,16 +236,24 @@ struct DecodeTask {
       }
       const Scratch<A> before(ragged ? rows * o_row : 0);
       if (ragged) __builtin_memcpy(before.data(), o, static_cast<size_t>(rows * o_row) * sizeof(A));
-      // Two rows at a time leave room for eight vectors of columns: memory is then read in order, which decides the
-      // speed.
+      // Two rows at a time leave room for eight vectors of columns, four for four: memory is then read in order, which
+      // decides the speed.
+      constexpr int kVecs = kDecodeSums / 2;
+      const bool narrow = p.dv <= kVecs / 2 * V::kLanes;
       const int64_t step =
           rows > 2 || p.dv > 128 ? 32 : kDecodeBlock;  // keys whose values stay in L1 for all rows and columns
       for (int64_t j = max64(c0, lo - k0); j < n; j += step) {  // before lo no row sees anything: 0 * NaN
-        each_row_group<2>(rows, [&](auto size, int64_t r) {
-          value_products<T, decltype(size)::value>(v + j * values.stride_seq, values.stride_seq, p.dv,
-                                                   scores + r * kDecodeBlock + j, kDecodeBlock, min64(step, n - j),
-                                                   o + r * o_row, o_row);
-        });
+        const auto multiply = [&](auto size, int64_t r) {
+          constexpr int kRows = decltype(size)::value;
+          value_products<T, kRows, kRows == 4 ? kVecs / 2 : kVecs>(
+              v + j * values.stride_seq, values.stride_seq, p.dv, scores + r * kDecodeBlock + j, kDecodeBlock,
+              min64(step, n - j), o + r * o_row, o_row);
+        };
+        if (narrow) {
+          each_row_group<4>(rows, multiply);
+        } else {
+          each_row_group<2>(rows, multiply);
+        }
       }
       if (!ragged) continue;
       for (int64_t r = 0; r < rows; ++r)
@@ -306,11 +316,17 @@ void decode(const Problem& p, const TensorView& out, const TensorView& lse) {
   const DecodeTask<T> task{p, part_keys, parts, columns, partial.data()};
   run_tasks(p, heads * parts, [&](int64_t i) { task.run(i / parts / p.hk, i / parts % p.hk, i % parts); });
   parallel_for(0, heads, 16, [&](int64_t begin, int64_t end) {
+    const Scratch<A> total(parts == 1 && !p.sinks ? 0 : columns);
     for (int64_t head = begin; head < end; ++head) {
       const Group group(p, head / p.hk, head % p.hk);
       for (int64_t r = 0; r < p.rows; ++r) {
         const Row row = group.row(r);
         A maximum, sum;
+        if (!total.data()) {  // one part and nothing beside it
+          const A* all = task.partial_of(head, 0, r);
+          finish_row<T>(p, group, row, r, all[columns], all[columns + 1], all, out, lse);
+          continue;
+        }
         start_row<A>(p, row, &maximum, &sum);
         const A sink = maximum;
         for (int64_t i = 0; i < parts; ++i) {
@@ -319,7 +335,6 @@ void decode(const Problem& p, const TensorView& out, const TensorView& lse) {
         }
         const A base = maximum == -static_cast<A>(__builtin_inf()) ? A{0} : maximum;
         sum = sum == 0 ? A{0} : sum * exp2_scalar(sink - base);
-        const Scratch<A> total(columns);
         for (int64_t i = 0; i < columns; ++i) total[i] = 0;
         for (int64_t i = 0; i < parts; ++i) {
           const A* from = task.partial_of(head, i, r);
