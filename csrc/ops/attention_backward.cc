@@ -419,9 +419,19 @@ struct BackwardTask {
     if (bp.grad_q.present())
       store_rows(bp.grad_q, group.queries_of<T>(bp.grad_q), from, d_columns, p.d, r0, count, static_cast<A>(p.scale));
   }
-  void clear_keys() {
-    for (int64_t i = 0; i < (block + kOverhang) * d_columns; ++i) grad_k[i] = 0;
-    for (int64_t i = 0; i < (block + kOverhang) * v_columns; ++i) grad_v[i] = 0;
+  void clear_keys(int64_t k0) {
+    const int64_t count = min64(block, p.sk - k0);
+    if constexpr (P::kTiles) {
+      const int64_t width = round_up(count, 32);
+      for (int64_t c = 0; c < d_columns; ++c) clear(grad_k + c * block, width);
+      for (int64_t c = 0; c < v_columns; ++c) clear(grad_v + c * block, width);
+    } else {
+      clear(grad_k, (count + kOverhang) * d_columns);
+      clear(grad_v, (count + kOverhang) * v_columns);
+    }
+  }
+  static void clear(A* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 0;
   }
 
   // Does any row of [r0, r0 + kRowBlock) see a key of the block at k0?
@@ -447,10 +457,10 @@ struct BackwardTask {
     const int64_t padded = round_up(p.rows, kRowBlock);
     Scratch<A> d_term(padded), lse2(padded), grad_q(padded * d_columns);
     row_terms<T>(bp, group, 0, p.rows, d_term.data(), lse2.data());
-    for (int64_t i = 0; i < padded * d_columns; ++i) grad_q[i] = 0;
+    clear(grad_q.data(), padded * d_columns);
     for (int64_t r0 = 0; r0 < p.rows; r0 += kRowBlock) clear_grad_mask(r0, 0, p.sk);
     for (int64_t k0 = 0; k0 < p.sk; k0 += block) {
-      clear_keys();
+      clear_keys(k0);
       bool loaded = false;
       for (int64_t r0 = 0; r0 < p.rows; r0 += kRowBlock) {
         if (!meets(r0, k0)) continue;
@@ -468,7 +478,7 @@ struct BackwardTask {
   void run_keys(int64_t k0) {
     const ProductScope<T> products;
     Scratch<A> d_term(kRowBlock), lse2(kRowBlock);
-    clear_keys();
+    clear_keys(k0);
     bool loaded = false;
     for (int64_t r0 = 0; r0 < p.rows; r0 += kRowBlock) {
       if (!meets(r0, k0)) continue;
@@ -485,7 +495,7 @@ struct BackwardTask {
   void run_rows(int64_t r0) {
     const ProductScope<T> products;
     Scratch<A> d_term(kRowBlock), lse2(kRowBlock), grad_q(kRowBlock * d_columns);
-    for (int64_t i = 0; i < kRowBlock * d_columns; ++i) grad_q[i] = 0;
+    clear(grad_q.data(), kRowBlock * d_columns);
     load_rows(r0, false);
     row_terms<T>(bp, group, r0, rows_count, d_term.data(), lse2.data());
     clear_grad_mask(r0, 0, p.sk);
