@@ -332,6 +332,16 @@ KERNELS = [
         ("tests/test_quantized_linear.py::test_gradients_of_every_variant_and_path_agree_within_the_bound[cpu]",),
         ("quantized_linear_backward",),
     ),
+    Mutant(
+        "quantized_pairs_of_the_first_zero_point",
+        "csrc/ops/_quantized_few_rows.h",
+        "if (v % kPerGroup == 0 && own_tables) table = table_of(g);",
+        "if (v % kPerGroup == 0 && own_tables) table = table_of(0);",
+        "every group of four-bit weights takes off the first group's zero point",
+        ("tests/test_quantized_linear.py::test_offsets_and_every_variant_agree_within_the_bound[cpu]",),
+        ("quantized_linear",),
+        isa="avx512_bf16",
+    ),
 ]
 
 TILES = [

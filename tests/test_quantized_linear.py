@@ -104,10 +104,10 @@ def test_offsets_and_every_variant_agree_within_the_bound(backend):
     from isotile.testing import bounds, compare
 
     for scheme, group_size, symmetric in variants():
-        for m in (2, 18):
+        for m, k in ((1, 200), (2, 200), (4, 200), (7, 200), (18, 200), (13, 1100)):
             for offsets in (False, True) if scheme in INTEGERS and symmetric else (False,):
-                q = weight(37, 200, scheme, group_size, symmetric, offsets)
-                x = randn(m, 200).bfloat16()
+                q = weight(37, k, scheme, group_size, symmetric, offsets)
+                x = randn(m, k).bfloat16()
                 values = {
                     "x": x, "packed": q.packed, "scales": q.scales, "zeros": q.zeros, "global_scale": q.global_scale,
                     "bias": None, "scheme": q.scheme, "group_size": q.group_size, "activation": None,

@@ -151,6 +151,90 @@ inline void dot_floats(const QuantizedWeight& w, const uint8_t* row, const Facto
   }
 }
 
+#if ISOTILE_HAS_BF16_DOT
+// --- four-bit weights as bfloat16 pairs ------------------------------------------------------------------------------
+
+// The sixteen numbers of a code, twice (a word's low five bits choose): less each zero point, and e2m1's. All are exact.
+struct PairTables {
+  alignas(64) uint16_t less_zero[16][32];
+  alignas(64) uint16_t e2m1[32];
+};
+constexpr uint16_t bfloat16_bits(float v) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, v) >> 16); }
+constexpr PairTables make_pair_tables() {
+  PairTables t{};
+  for (int code = 0; code < 32; ++code) {
+    t.e2m1[code] = bfloat16_bits(kTables.e2m1[code % 16]);
+    for (int zero = 0; zero < 16; ++zero) t.less_zero[zero][code] = bfloat16_bits(static_cast<float>(code % 16 - zero));
+  }
+  return t;
+}
+static constexpr PairTables kPairTables = make_pair_tables();
+
+// Zero points beyond 15 have no table.
+inline bool serves_pairs(const QuantizedWeight& w) {
+  if (!w.four_bits() || w.has_offsets() || w.dynamic() || (w.groups > 1 && w.group < 32)) return false;
+  if (w.zeros == nullptr) return true;
+  const uint8_t* zeros = static_cast<const uint8_t*>(w.zeros);
+  uint8_t most = 0;
+  for (int64_t i = 0; i < w.n * w.groups; ++i) most = zeros[i] > most ? zeros[i] : most;
+  return most < 16;
+}
+
+// sums[r] = weight's row . x's row r, for kRows bfloat16 rows of x [rows][pieces * 128]. kPer: groups of a piece, 0: one
+// for the whole row. A group's products are summed before its scale.
+template <int kRows, int kPer>
+inline void dot_pairs(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const uint16_t* x, int64_t ldx,
+                      float* sums) {
+  constexpr int kPerGroup = kPer == 0 ? 4 : 4 / kPer;  // vectors of a piece in one group
+  constexpr int kParts = kRows <= 2 ? 4 : 2;
+  __m512 acc[kRows][kParts];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int u = 0; u < kParts; ++u) acc[r][u] = _mm512_setzero_ps();
+  const auto table_of = [&](int64_t g) {
+    return _mm512_load_si512(w.integer() ? kPairTables.less_zero[f.zeros[g]] : kPairTables.e2m1);
+  };
+  const bool own_tables = w.zeros != nullptr && kPer != 0;
+  __m512i table = table_of(0);
+  const int64_t pieces = ceil_div(w.k, kPiece);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const uint8_t* bytes = row + piece * (kPiece / 2);
+    fetch_ahead(bytes);
+    const __m512i low = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    const __m512i high = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32)));
+    const __m512i codes[4] = {low, high, _mm512_srli_epi16(low, 4), _mm512_srli_epi16(high, 4)};
+    __m512 sum[kRows];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const int64_t g = piece * kPer + v / kPerGroup;
+      if (v % kPerGroup == 0 && own_tables) table = table_of(g);
+      const __m512i weights = _mm512_permutexvar_epi16(codes[v], table);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i at = _mm512_loadu_si512(x + r * ldx + piece * kPiece + 32 * v);
+        if (kPer == 0) {
+          acc[r][v % kParts] = _mm512_dpbf16_ps(acc[r][v % kParts], (__m512bh)weights, (__m512bh)at);
+          continue;
+        }
+        if (v % kPerGroup == 0) sum[r] = _mm512_setzero_ps();
+        sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)weights, (__m512bh)at);
+        if (v % kPerGroup == kPerGroup - 1)
+          acc[r][v % kParts] = _mm512_fmadd_ps(sum[r], _mm512_set1_ps(f.scales[g]), acc[r][v % kParts]);
+      }
+    }
+  }
+  const float last = (kPer == 0 ? f.scales[0] : 1.0f) * w.global;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    __m512 total = acc[r][0];
+#pragma GCC unroll 4
+    for (int u = 1; u < kParts; ++u) total = _mm512_add_ps(total, acc[r][u]);
+    sums[r] = _mm512_reduce_add_ps(total) * last;
+  }
+}
+#endif
+
 #if defined(__AVX512VNNI__)
 // --- integers --------------------------------------------------------------------------------------------------------
 

@@ -101,22 +101,6 @@ inline QuantizedWeight weight_of(const TensorView* parts, int64_t k, const doubl
   return w;
 }
 
-// Element `i` of a row, as the number or the unsigned code that is stored.
-ISOTILE_INLINE uint32_t nibble(const uint8_t* row, int64_t i) {
-  const uint32_t byte = row[i / kBlock4 * (kBlock4 / 2) + i % (kBlock4 / 2)];
-  return i % kBlock4 < kBlock4 / 2 ? byte & 15u : byte >> 4;
-}
-
-// The stored integers of elements [k0, k1) of a row, before the zero point: 0 to 15 for int4.
-inline void integers_of_row(const QuantizedWeight& w, int64_t i, int64_t k0, int64_t k1, int8_t* out) {
-  const uint8_t* row = w.row(i);
-  if (!w.four_bits()) {
-    __builtin_memcpy(out, row + k0, static_cast<size_t>(k1 - k0));
-    return;
-  }
-  for (int64_t k = k0; k < k1; ++k) out[k - k0] = static_cast<int8_t>(nibble(row, k));
-}
-
 // out[i] = number(code i) of `count` elements from element k0 of a row; a run of 64 nibbles lies in one half of 64 bytes.
 template <class T, class Number>
 ISOTILE_INLINE void numbers_of_run(const QuantizedWeight& w, const uint8_t* row, int64_t k0, int64_t count, T* out,
@@ -130,6 +114,20 @@ ISOTILE_INLINE void numbers_of_run(const QuantizedWeight& w, const uint8_t* row,
     for (int64_t i = 0; i < count; ++i) out[i] = number(static_cast<uint8_t>(bytes[i] & 15));
   else
     for (int64_t i = 0; i < count; ++i) out[i] = number(static_cast<uint8_t>(bytes[i] >> 4));
+}
+
+// The stored integers of elements [k0, k1) of a row, before the zero point: 0 to 15 for int4.
+inline void integers_of_row(const QuantizedWeight& w, int64_t i, int64_t k0, int64_t k1, int8_t* out) {
+  constexpr int64_t kRun = kBlock4 / 2;
+  const uint8_t* row = w.row(i);
+  if (!w.four_bits()) {
+    __builtin_memcpy(out, row + k0, static_cast<size_t>(k1 - k0));
+    return;
+  }
+  for (int64_t k = k0, end; k < k1; k = end) {
+    end = (k / kRun + 1) * kRun < k1 ? (k / kRun + 1) * kRun : k1;
+    numbers_of_run(w, row, k, end - k, out + (k - k0), [](uint8_t code) { return static_cast<int8_t>(code); });
+  }
 }
 
 // Elements [k0, k1) of row i of the weight in T (float or double): the spec's `dequantized`.

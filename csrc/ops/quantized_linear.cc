@@ -136,7 +136,18 @@ inline void any_integer(const Problem& p) {
 
 // --- few rows --------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kFew = 8;
+// Rows of x that meet each row of the weight in registers, at most; more are worth unpacking the weight for. Matrix tiles
+// take many rows at the price of few, unless groups of 32 fill only half of them. Measured at 4096 x 4096 on a Xeon with
+// AMX, one thread, 2026-11.
+inline int64_t most_few(const Problem& p) { return p.w.k < 1024 ? 8 : 16; }  // short rows are mostly reductions
+inline int64_t few_floats_at_most(const Problem& p) {
+  return ISOTILE_HAS_TILES && p.x.dtype == DType::kBFloat16 ? 4 : most_few(p);
+}
+inline int64_t few_integers_at_most(const Problem& p) {
+  const bool small_groups = p.w.groups > 1 && p.w.group < 64;
+  if (ISOTILE_HAS_TILES) return small_groups ? 6 : 4;
+  return p.w.four_bits() && !small_groups ? least(12, most_few(p)) : most_few(p);
+}
 
 #if defined(__AVX512F__)
 template <int n>
@@ -144,12 +155,13 @@ struct Count {
   static constexpr int value = n;
 };
 
-// Calls f(rows, first row) for 8, 4, 2 and 1 rows at a time until `m` are done; rows is a constant.
-template <class F>
+// Calls f(rows, first row) for 8 (or kMost), 4, 2 and 1 rows at a time until `m` are done; rows is a constant.
+template <int kMost = 8, class F>
 ISOTILE_INLINE void by_rows(int64_t m, const F& f) {
   int64_t r = 0;
-  for (; m - r >= 8; r += 8) f(Count<8>{}, r);
-  if (m - r >= 4) f(Count<4>{}, r), r += 4;
+  if (kMost == 8)
+    for (; m - r >= 8; r += 8) f(Count<kMost>{}, r);
+  for (; m - r >= 4; r += 4) f(Count<4>{}, r);
   if (m - r >= 2) f(Count<2>{}, r), r += 2;
   if (m - r >= 1) f(Count<1>{}, r);
 }
@@ -191,6 +203,46 @@ inline void few_floats(const Problem& p) {
           dot_floats<kRows>(p.w, p.w.row(j0 + j), f, rows.data() + r * ld, ld, sums);
           for (int i = 0; i < kRows; ++i)
             c[(r + i) * kColumns + j] = p.w.dynamic() ? sums[i] * f.scales[0] * scales[r + i] : sums[i];
+        });
+      }
+      finish(p.out, c.data(), kColumns, 0, m, j0, cols);
+    }
+  });
+}
+#endif
+
+#if ISOTILE_HAS_BF16_DOT
+// bfloat16 rows and four-bit weights.
+inline void few_pairs(const Problem& p) {
+  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m;
+  Scratch<uint16_t> rows(m * ld);
+  for (int64_t i = 0; i < m; ++i) {
+    const BFloat16* x = static_cast<const BFloat16*>(p.x.data) + p.x.rows.at(i);
+    uint16_t* row = rows.data() + i * ld;
+    if (p.x.col == 1) __builtin_memcpy(row, x, static_cast<size_t>(p.w.k) * sizeof(uint16_t));
+    else
+      for (int64_t l = 0; l < p.w.k; ++l) row[l] = x[l * p.x.col].bits;
+    for (int64_t l = p.w.k; l < ld; ++l) row[l] = 0;
+  }
+  parallel_for(0, ceil_div(p.w.n, kColumns), most(1, 131072 / (kColumns * ld)), [&](int64_t begin, int64_t end) {
+    Scratch<float> c(m * kColumns);
+    RowFactors f(p.w);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t j0 = block * kColumns, cols = least(kColumns, p.w.n - j0);
+      for (int64_t j = 0; j < cols; ++j) {
+        f.load(p.w, j0 + j);
+        const uint8_t* row = p.w.row(j0 + j);
+        by_rows<4>(m, [&](auto count, int64_t r) {
+          constexpr int kRows = decltype(count)::value;
+          float sums[kRows];
+          const uint16_t* x = rows.data() + r * ld;
+          switch (f.per_piece) {
+            case 0: dot_pairs<kRows, 0>(p.w, row, f, x, ld, sums); break;
+            case 1: dot_pairs<kRows, 1>(p.w, row, f, x, ld, sums); break;
+            case 2: dot_pairs<kRows, 2>(p.w, row, f, x, ld, sums); break;
+            default: dot_pairs<kRows, 4>(p.w, row, f, x, ld, sums);
+          }
+          for (int i = 0; i < kRows; ++i) c[(r + i) * kColumns + j] = sums[i];
         });
       }
       finish(p.out, c.data(), kColumns, 0, m, j0, cols);
@@ -403,7 +455,7 @@ inline bool served_fast(const Problem& p, bool integers) {
   if (p.w.k == 0) return false;
 #if defined(__AVX512VNNI__)
   if (integers) {
-    if (p.m > kFew) many_integers(p);
+    if (p.m > few_integers_at_most(p)) many_integers(p);
     else if (!p.w.four_bits()) few_integers<false, false>(p);
     else if (p.w.has_offsets()) few_integers<true, true>(p);
     else few_integers<true, false>(p);
@@ -411,8 +463,14 @@ inline bool served_fast(const Problem& p, bool integers) {
   }
 #endif
   if (integers) return false;
+#if ISOTILE_HAS_BF16_DOT
+  if (p.m <= few_floats_at_most(p) && p.x.dtype == DType::kBFloat16 && serves_pairs(p.w)) {
+    few_pairs(p);
+    return true;
+  }
+#endif
 #if defined(__AVX512F__)
-  if (p.m <= kFew) {
+  if (p.m <= few_floats_at_most(p)) {
     few_floats(p);
     return true;
   }
