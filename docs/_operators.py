@@ -132,7 +132,7 @@ def refusals(spec: OpSpec) -> dict[str, list[str]]:
     for dtype in FLOATS:
         for seed in range(DRAWS):
             call = build(draw_recipe(Seeded(seed), spec, dtype, ("normal",)))
-            request, _ = dispatch._request(spec, call.overload, call.values, None, CURRENT.get())
+            request, _ = dispatch.make_request(spec, call.overload, call.values, None, CURRENT.get())
             for name, backend in BACKENDS.items():
                 reason = backend.refuses(request)
                 if reason is not None:
