@@ -63,6 +63,7 @@ def norm(op, **more):
 PRODUCT = {"m": 41, "n": 131}
 SCORES = {"hq": 4, "hk": 2, "sq": 301, "sk": 701, "d": 40, "dv": 24, "one": 1}
 GRADIENT = {**SCORES, "sq": 131, "sk": 331}
+DENSE = {"hq": 2, "hk": 2, "sq": 200, "sk": 400, "d": 32, "dv": 48, "one": 1}  # keys and values used where they are
 CASES = {
     "softmax": recipe("softmax", [701, 97]),
     "softmax_stepped": recipe("softmax", [701, 97], {"x": "stepped"}),
@@ -108,6 +109,10 @@ CASES = {
     ),
     "attention_window": recipe("attention", [2], sizes=SCORES, window_left=17, window_right=3, leave=("attn_mask",)),
     "attention_one_query": recipe("attention", [2], sizes={**SCORES, "sq": 1}, leave=("attn_mask",)),
+    **{
+        f"{op}_dense": recipe(op, [2], sizes=DENSE, leave=("attn_mask", "dropout_seed"), window_left=9)
+        for op in ("attention", "attention_backward")
+    },
     "attention_backward": recipe(
         "attention_backward", [2], sizes=GRADIENT, is_causal=True, need_mask=True, need_sinks=True
     ),

@@ -357,6 +357,19 @@ void gather_rows(const RowSource<T>& source, int64_t first, int64_t count, int64
   }
 }
 
+// The same where the rows lie in memory as dst would, and need no filling up: there; else gathered into dst.
+template <class T>
+ISOTILE_INLINE const typename Packed<T>::Word* packed_rows(const RowSource<T>& source, int64_t first, int64_t count,
+                                                           int64_t padded, int64_t n, typename Packed<T>::Word* dst,
+                                                           int64_t words) {
+  if constexpr (sizeof(T) == sizeof(typename Packed<T>::Word)) {
+    const bool dense = source.group == 1 && source.stride_col == 1 && source.stride_seq == words && n == words;
+    if (dense && count == padded && count > 0) return source.row(first);
+  }
+  gather_rows<T>(source, first, count, padded, n, dst, words);
+  return dst;
+}
+
 #if defined(__AVX512F__)
 // (The masks are all ones: GCC 12 warns about the forms without.)
 ISOTILE_INLINE void transpose_16x16(const void* from, int64_t from_row, void* to, int64_t to_row) {

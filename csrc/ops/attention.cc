@@ -92,12 +92,15 @@ struct ForwardTask {
     const RowSource<T> key_rows = group.keys_of<T>(*p.k), value_rows = group.keys_of<T>(*p.v);
     for (int64_t k0 = lo < hi ? lo / block * block : hi; k0 < hi; k0 += block) {
       const int64_t n = min64(block, hi - k0), n_padded = round_up(n, P::kColumns);
-      gather_rows<T>(key_rows, k0, n, n_padded, p.d, natural, d_words);
-      transpose_panels<T>(natural, n_padded, d_words, d_used, kt);
+      transpose_panels<T>(packed_rows<T>(key_rows, k0, n, n_padded, p.d, natural, d_words), n_padded, d_words, d_used,
+                          kt);
       W* value_natural = P::kPair == 1 ? v : natural;
-      gather_rows<T>(value_rows, k0, n, n_padded, p.dv, value_natural, v_words);
-      bad.collect(value_natural, n_padded, v_words, value_natural);
-      if constexpr (P::kPair == 2) pair_rows(natural, n_padded, v_words, v, v_columns);
+      const W* values = packed_rows<T>(value_rows, k0, n, n_padded, p.dv, value_natural, v_words);
+      values = bad.collect(values, n_padded, v_words, value_natural);
+      if constexpr (P::kPair == 2) {
+        pair_rows(values, n_padded, v_words, v, v_columns);
+        values = v;
+      }
       for (int64_t s = 0; s < padded; s += P::kStrip) {
         const int64_t strip = min64(P::kStrip, padded - s);
         int64_t from = n, to = 0;
@@ -113,7 +116,7 @@ struct ForwardTask {
         softmax_step<A>(p, rows + s, strip, b, k0, c0, c1, scores, block, keep,
                         reinterpret_cast<Weight*>(strip_weights), block, maximum + s, sum + s, step);
         strip_rows<T, Start::kScale>(strip, strip_weights + c0 / P::kPair, block / P::kPair,
-                                     v + c0 / P::kPair * v_columns, (c1 - c0) / P::kPair, v_columns,
+                                     values + c0 / P::kPair * v_columns, (c1 - c0) / P::kPair, v_columns,
                                      o + s * v_columns, v_columns, step->factor);
         if (!bad.any) continue;
         for (int64_t r = 0; r < strip; ++r) {

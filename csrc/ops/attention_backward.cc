@@ -144,12 +144,12 @@ struct BackwardTask {
     keys_from = k0;
     keys_count = max64(0, min64(block, group.keys - k0));
     const int64_t padded = round_up(keys_count, P::kColumns);
-    gather_rows<T>(group.keys_of<T>(*p.k), k0, keys_count, padded, p.d, k_natural, d_words);
-    transpose_panels<T>(k_natural, padded, d_words, d_used, kt);
-    gather_rows<T>(group.keys_of<T>(*p.v), k0, keys_count, padded, p.dv, v_natural, v_words);
-    transpose_panels<T>(v_natural, padded, v_words, v_used, vt);
+    const W* keys = packed_rows<T>(group.keys_of<T>(*p.k), k0, keys_count, padded, p.d, k_natural, d_words);
+    transpose_panels<T>(keys, padded, d_words, d_used, kt);
+    const W* values = packed_rows<T>(group.keys_of<T>(*p.v), k0, keys_count, padded, p.dv, v_natural, v_words);
+    transpose_panels<T>(values, padded, v_words, v_used, vt);
     if (!for_queries) return;
-    k_operand = k_bad.collect(k_natural, padded, d_words, k_natural);
+    k_operand = k_bad.collect(keys, padded, d_words, k_natural);
     if constexpr (P::kPair == 2) {
       pair_rows(k_operand, padded, d_words, k_rows, d_columns);
       k_operand = k_rows;

@@ -1,6 +1,7 @@
 """The C++ attention kernels, straight through _C.plan, against plain float64 PyTorch."""
 
 import ctypes
+import mmap
 import os
 import random
 import zlib
@@ -406,3 +407,41 @@ def test_large_head_dims(isa):
             leaves = [w[n].requires_grad_() for n in ("query", "key", "value")]
             for n, want in zip(("query", "key", "value"), torch.autograd.grad(reference(w, o)[0].sum(), leaves)):
                 close(n, grads[n], torch.nan_to_num(want, nan=0.0), 12 * EPS[dtype], terms=1)
+
+
+def at_the_end_of_memory(shape):
+    """A float32 tensor with a page that nobody may read behind it, and what keeps it alive."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 4 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 3 * page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), 0) == 0
+    count = torch.Size(shape).numel()
+    return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=3 * page - 4 * count).view(shape), memory
+
+
+@pytest.mark.parametrize("isa", sets())
+def test_nothing_behind_dense_keys_and_values_is_read(isa):
+    o = {**OPTIONS, "scale": 0.3}
+    draw = torch.Generator().manual_seed(1)
+    query, out = torch.randn(1, 1, 40, 32, generator=draw), torch.empty(1, 1, 40, 32)
+    (key, _one), (value, _two) = (at_the_end_of_memory((1, 1, 35, 32)) for _ in range(2))  # 35: no multiple of lanes
+    for t in (key, value):
+        t.copy_(torch.randn(t.shape, generator=draw))
+    run(isa, "attention", [query, key, value, None, None, None, None, None, out, None], scalars(o))
+    want = torch.softmax(0.3 * query.double() @ key.double().mT, -1) @ value.double()
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", sets())
+def test_a_hidden_infinity_in_dense_values_counts_for_nothing(isa):
+    o = {**OPTIONS, "scale": 0.3, "is_causal": True}
+    draw = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, 1, 48, 32, generator=draw) for _ in range(3))
+    value[..., 20, :] = torch.inf
+    kept, out = value.clone(), torch.empty(1, 1, 48, 32)
+    run(isa, "attention", [query, key, value, None, None, None, None, None, out, None], scalars(o))
+    assert torch.equal(value, kept)
+    score = (0.3 * query.double() @ key.double().mT).masked_fill(torch.ones(48, 48).triu(1).bool(), -torch.inf)
+    want = torch.softmax(score, -1)[..., :20] @ value.double()[..., :20, :]
+    torch.testing.assert_close(out[..., :20, :].double(), want[..., :20, :], rtol=1e-5, atol=1e-6)
+    assert (out[..., 20:, :] == torch.inf).all()
