@@ -34,7 +34,7 @@ def special() -> bool:
 
 
 def compiled(op: Operator) -> Callable[..., tuple[torch.Tensor, ...] | None]:
-    """A function of all the operator's parameters in order.
+    """A function of the operator's parameters, with its defaults.
 
     It returns the results of the call's overload, or None where the call has to take the long way: it is special, its
     signature is new, or it is wrong.
@@ -42,6 +42,7 @@ def compiled(op: Operator) -> Callable[..., tuple[torch.Tensor, ...] | None]:
     spec = op.spec
     namespace: dict[str, Any] = {
         "_plans": op.plans,
+        "_defaults": op.defaults,
         "_PLAIN": PLAIN,
         "_special": special,
         "_compiling": torch.compiler.is_compiling,
@@ -96,8 +97,9 @@ def compiled(op: Operator) -> Callable[..., tuple[torch.Tensor, ...] | None]:
     def indented(lines: list[str], depth: int) -> list[str]:
         return ["    " * depth + line for line in lines]
 
+    signature = [f"{n}=_defaults[{n!r}]" if n in op.defaults else n for n in op.parameters]
     source = [
-        f"def {spec.name}({', '.join(op.parameters)}):",
+        f"def {spec.name}({', '.join(signature)}):",
         f"    if _compiling() or not ({' and '.join(plain)}) or _special():",
         "        return None",
         f"    _g = _grad() and ({' or '.join(needs)})",

@@ -50,6 +50,7 @@ class Operator:
         self.result_positions = {
             o: tuple(i for i, n in enumerate(spec.results) if n in spec.results_of(o)) for o in spec.overloads
         }
+        self.result_names = {o: tuple(spec.results_of(o)) for o in spec.overloads}
         self.n_default = len(spec.results_of("default"))
         self.plans: dict[Any, dispatch.Plan] = {}
         self.switches = tuple(o for o in spec.overloads if o in spec.args)
@@ -247,7 +248,7 @@ class Operator:
 
         It runs under the state of the forward call: PyTorch may run it on a thread of its own, after the context.
         """
-        named = dict(zip(self.spec.results_of(overload), grads, strict=True))
+        named = dict(zip(self.result_names[overload], grads, strict=True))
         token = CURRENT.set(state)
         try:
             if self.spec.backward is None:
@@ -257,14 +258,15 @@ class Operator:
                 found = self.spec.backward(space, named, needs)
         finally:
             CURRENT.reset(token)
-        out = {}
+        out: dict[str, Any] = {}
         for name, needed in needs.items():
             grad = found.get(name) if needed else None
             if grad is not None:
                 shape, dtype = values_meta[f"{name}.shape"], values_meta[f"{name}.dtype"]
                 if grad.shape != shape:
                     grad = grad.sum_to_size(shape)
-                grad = grad.to(dtype)
+                if grad.dtype != dtype:
+                    grad = grad.to(dtype)
             out[name] = grad
         return out
 
@@ -457,6 +459,8 @@ def _eager_function(operator: Operator, overload: str) -> type:
     fixed = [i for i, n in enumerate(names) if not spec.results[n].differentiable]
     positions, kept = operator.tensor_positions, operator.result_positions[overload]
     constants = [i for i in positions if not spec.tensors[parameters[i]].differentiable]
+    arguments = [(parameters[i], i + 1) for i in positions]
+    nothing = (None,) * (1 + len(parameters))
     saved = operator.saved_names(overload)
     from_values = [parameters.index(n) for n in saved if n in spec.args]
     from_results = [names.index(n) for n in saved if n not in spec.args]
@@ -480,12 +484,13 @@ def _eager_function(operator: Operator, overload: str) -> type:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if all(g is None for g in grads):
-                return (None,) * (1 + len(parameters))
+            if grads[0] is None and all(g is None for g in grads):
+                return nothing
+            plan, needed = ctx.plan, ctx.needs_input_grad
             values = dict(zip(saved, ctx.saved_tensors, strict=True))
-            needs = {parameters[i]: ctx.needs_input_grad[i + 1] for i in positions}
-            found = operator.gradients(overload, values, ctx.plan.meta, grads, needs, ctx.plan.state)
-            return (None, *[found.get(n) for n in parameters])
+            needs = {n: needed[i] for n, i in arguments}
+            found = operator.gradients(overload, values, plan.meta, grads, needs, plan.state)
+            return (None, *map(found.get, parameters))
 
     Eager.__name__ = Eager.__qualname__ = f"{spec.name}_{overload}"
     return Eager
@@ -545,10 +550,12 @@ def operator(name: str) -> Operator:
 
 def call(name: str, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     """Call an operator by name, whatever is in force: how gradient formulae reach the backward operators."""
-    op = operator(name)
-    values = op.fill(args, kwargs)
-    results = op.fast(*values)
-    return op.route(op.overload_of(values), values) if results is None else results
+    op = OPERATORS[name]
+    results = op.fast(*args, **kwargs)
+    if results is None:
+        values = op.fill(args, kwargs)
+        results = op.route(op.overload_of(values), values)
+    return results
 
 
 def register_all() -> None:
