@@ -134,8 +134,9 @@ inline void pack_rows(typename Kind::Packed* dst, const Src* const* at, int64_t 
 }
 
 // A panel of b [kc, cols] (strides sk, sn) -> dst [step][width], width = cols rounded up to the lanes. What stands in
-// the columns beyond cols is never part of a result. The work comes in `parts`, to be spread between others; each
-// part reads and writes its own place.
+// the columns beyond cols is never part of a result, but it is multiplied too, and subnormals left there would slow it
+// down: zeros, or with pack_transposed the last column again. The work comes in `parts`, to be spread between others;
+// each part reads and writes its own place.
 template <class Kind>
 struct ColumnPanel {
   static constexpr int64_t kParts = 8;
@@ -178,13 +179,18 @@ struct ColumnPanel {
       return;
     }
     int64_t s0 = 0, s1 = steps, j0 = 0, j1 = cols;
+    const auto clear_last_lanes = [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) Kind::store(Kind::zero(), dst + (s + 1) * width - Kind::kLanes);
+    };
     if (by_columns()) {
       j0 = b0;
       j1 = least(b1, cols);
+      if (cols < width && b0 < cols && cols <= b1) clear_last_lanes(0, steps);
       s0 = pack_transposed<Kind>(dst, src, sn, kc / kPer, cols, width, j0, j1);
     } else {
       s0 = b0;
       s1 = b1;
+      if (cols < width) clear_last_lanes(b0, b1);
     }
     for (int64_t s = s0; s < s1; ++s) {
       const Src* p = src + s * kPer * sk;

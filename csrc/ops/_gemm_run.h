@@ -8,13 +8,15 @@
 //
 // A task is a block of rows times a block of columns. Many rows: b is packed panel by panel, chunk by chunk, into
 // [step][kRegisterVecs vectors], and all row panels [step][rows] of a run over it; meanwhile the next panel is fetched
-// and packed. a is packed once for everybody when several column blocks read it. Few rows: see few_rows().
+// and packed. a is packed once for everybody when several column blocks read it. Few rows: see few_rows(). Small
+// products: see run_direct().
 #pragma once
 #include "base/dtype.h"
 #include "base/parallel.h"
 #include "base/scratch.h"
 #include "ops/_gemm.h"
 #include "ops/_gemm_amx.h"
+#include "ops/_gemm_direct.h"
 #include "ops/_gemm_few_rows.h"
 #include "ops/_gemm_pack.h"
 #include "ops/_gemm_tile.h"
@@ -291,6 +293,9 @@ void run_gemms(DType a, DType b, const GemmList& list) {
       using A = typename decltype(type_a)::type;
       using B = typename decltype(type_b)::type;
       using T = decltype(Accumulator<A>() + Accumulator<B>());
+      if constexpr (sizeof(A) == 4 && sizeof(B) == 4) {
+        if (run_direct(list)) return;
+      }
       run_kind<FloatKind<T>, A, B>(list);
     });
   });

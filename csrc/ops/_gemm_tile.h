@@ -48,6 +48,7 @@ struct FloatKind {
   static constexpr int64_t kChunk = 512;
   static constexpr int64_t kPerStep = 1;
   static ISOTILE_INLINE int64_t steps(int64_t k) { return k; }
+  static ISOTILE_INLINE Operand zero() { return Vec<T>::zero(); }
   static ISOTILE_INLINE Operand load(const Packed* p) { return Vec<T>::load(p); }
   static ISOTILE_INLINE Operand broadcast(const Packed* p) { return Vec<T>::set1(*p); }
   static ISOTILE_INLINE Vec<T> multiply_add(Operand a, Operand b, Vec<T> c) { return fma(a, b, c); }
@@ -84,6 +85,7 @@ struct PairKind {
   static constexpr int64_t kChunk = 1024;
   static constexpr int64_t kPerStep = 2;
   static ISOTILE_INLINE int64_t steps(int64_t k) { return (k + 1) / 2; }
+  static ISOTILE_INLINE Operand zero() { return _mm512_setzero_si512(); }
   static ISOTILE_INLINE Operand load(const Packed* p) { return _mm512_loadu_si512(p); }
   static ISOTILE_INLINE Operand broadcast(const Packed* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static ISOTILE_INLINE Vec<float> multiply_add(Operand a, Operand b, Vec<float> c) {
