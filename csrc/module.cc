@@ -18,6 +18,7 @@
 #include "base/dtype.h"
 #include "base/parallel.h"
 #include "base/tensor_view.h"
+#include "signature.h"
 
 namespace py = pybind11;
 
@@ -156,11 +157,14 @@ PyObject* call_plan(PyObject* self, PyObject* const* args, size_t flagged_count,
       PyErr_Format(PyExc_TypeError, "this plan was made with None for tensor %zd", i);
       return nullptr;
     }
-    PyObject* address = PyObject_VectorcallMethod(data_ptr_name, args + i, 1, nullptr);
-    if (!address) return nullptr;
-    void* data = PyLong_AsVoidPtr(address);
-    Py_DECREF(address);
-    if (!data && PyErr_Occurred()) return nullptr;
+    void* data = nullptr;
+    if (!address_of(args[i], &data)) {
+      PyObject* address = PyObject_VectorcallMethod(data_ptr_name, args + i, 1, nullptr);
+      if (!address) return nullptr;
+      data = PyLong_AsVoidPtr(address);
+      Py_DECREF(address);
+      if (!data && PyErr_Occurred()) return nullptr;
+    }
     TensorView& view = views[i];
     view.data = data;
     view.dtype = planned.dtype;
@@ -195,6 +199,13 @@ void delete_plan(PyObject* self) {
   Py_DECREF(type);
 }
 
+PyMethodDef signature_functions[] = {
+    {"set_signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(set_signature)), METH_FASTCALL,
+     "What signature() asks: (DLPack table or None, plain types, is_neg, modes, describe)."},
+    {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(signature)), METH_FASTCALL,
+     "A hashable signature of tensors or None; None where one is not plain or something special is in force."},
+    {nullptr, nullptr, 0, nullptr},
+};
 PyMemberDef plan_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Plan, vectorcall), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
@@ -284,6 +295,7 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("parallel_for"), py::arg("num_threads"),
       "The addresses of libtorch_cpu's torch_parallel_for and torch_get_num_threads; 0 for either: run serially.");
+  if (PyModule_AddFunctions(module.ptr(), signature_functions) != 0) throw py::error_already_set();
   module.attr("max_dims") = kMaxDims;
   module.attr("compiler") = __VERSION__;
   module.def("num_threads", &num_threads, "Threads that a kernel called now would use.");

@@ -34,7 +34,7 @@ TIMEOUT_S = 900
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One bug. `objects`: the kernels to compile again; `isa`: the instruction set that runs the code, if not any."""
+    """One bug. `objects`: the sources to compile again; `isa`: the instruction set that runs the code, if not any."""
 
     name: str
     file: str
@@ -561,19 +561,29 @@ PYTHON = [
     ),
     Mutant(
         "plans_without_strides",
-        "python/isotile/library.py",
-        "                (v.shape, v.stride(), v.dtype, v.device)\n",
-        "                (v.shape, v.dtype, v.device)\n",
+        "csrc/signature.cc",
+        "      std::memcpy(at + t.ndim, t.strides, bytes);",
+        "      std::memset(at + t.ndim, 0, bytes);",
         "two layouts of one shape share a plan",
         ("tests/test_dispatch.py", *drawn("softmax")),
+        objects=("signature",),
     ),
     Mutant(
-        "short_way_without_strides",
+        "described_without_strides",
         "python/isotile/fast_path.py",
-        'entry = f"({n}.shape, {n}.stride(), {n}.dtype, {n}.device)"',
-        'entry = f"({n}.shape, {n}.dtype, {n}.device)"',
-        "the short way looks a plan up by another key than the long way stores",
-        ("tests/test_dispatch.py", "-k", "short_way and softmax"),
+        "(t.shape, t.stride(), t.dtype, t.device) for t",
+        "(t.shape, t.dtype, t.device) for t",
+        "likewise where PyTorch's table does not tell of the tensors",
+        ("tests/test_dispatch.py", "-k", "signatures"),
+    ),
+    Mutant(
+        "negated_counts_as_plain",
+        "csrc/signature.cc",
+        "    return negated < 0 ? -1 : !negated;",
+        "    return negated < 0 ? -1 : 1;",
+        "a kernel reads numbers whose negation is pending",
+        ("tests/test_dispatch.py", "-k", "signatures"),
+        objects=("signature",),
     ),
     Mutant(
         "short_way_without_gradient",
@@ -946,7 +956,7 @@ class Workshop:
             words = shlex.split(entry["command"])
             compiler, output = words[0], words[words.index("-o") + 1]
             source = Path(entry["file"])
-            if source.parent.name == "ops" and source.stem in names:
+            if source.stem in names:
                 changed = str(scratch / f"{source.stem}-{len(objects)}.o")  # one for each instruction set
                 moved = [w.replace(str(self.clean), str(tree)) for w in words]
                 moved = [changed if w == output else w for w in moved]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import isotile
-from isotile import dispatch, library, registry
+from isotile import dispatch, fast_path, library, registry
 from isotile.backends import BACKENDS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -192,6 +192,31 @@ def test_short_way_with_a_gradient_for_an_optional_argument():
     x, weight = torch.randn(3, 8), torch.ones(8, requires_grad=True)
     for _ in range(2):
         assert isotile.layer_norm(x, 8, weight).requires_grad
+
+
+@pytest.mark.parametrize("by", ["table", "attributes", "python"])
+def test_signatures_differ_where_a_plan_would(by, request):
+    """By PyTorch's table, by attributes for tensors that the table does not know, and without the extension module."""
+    signature = fast_path.read_signature if by == "python" else fast_path.signature_function()
+    if by == "attributes" and signature is not fast_path.read_signature:
+        from isotile import _C
+
+        request.addfinalizer(fast_path.signature_function)
+        _C.set_signature(None, fast_path.PLAIN, torch.Tensor.is_neg, fast_path.MODES, fast_path.describe)
+    x = torch.zeros(4, 6)
+    others = [x.mT, x[:, :3], x[::2], x.half(), x.bfloat16(), x.int(), x.to("meta"), x[0], x[0, 0], x.view(6, 4)]
+    assert signature(x) == signature(torch.ones(4, 6)) == signature(torch.nn.Parameter(x))
+    signatures = [signature(t, *more) for t in [x, *others] for more in ((), (None,), (x,), (x.mT,))]
+    assert len(set(signatures)) == len(signatures)
+    assert hash(signature(*[x[None, None]] * 15)) == hash(signature(*[x[None, None]] * 15))  # a long one
+
+    class Subclass(torch.Tensor):
+        pass
+
+    for odd in (x.as_subclass(Subclass), torch._neg_view(x), 3, "x"):
+        assert signature(odd) is None and signature(x, odd) is None
+    with torch.autocast("cpu"):
+        assert signature(x) is None
 
 
 def test_plans_do_not_grow_without_bound(monkeypatch):

@@ -1,13 +1,14 @@
 """The short way of an operator's call: plain tensors, nothing special in force, a signature seen before.
 
-For each operator one function is compiled from a template, so that such a call costs a handful of attribute reads, one
-dictionary look-up and the plan itself (or one `autograd.Function` around it where a gradient is needed).
+For each operator one function is compiled from a template, so that such a call costs one look at its tensors
+(csrc/signature.cc), one dictionary look-up and the plan itself (or one `autograd.Function` around it where a gradient
+is needed).
 """
 
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,19 +19,47 @@ from .state import CURRENT
 if TYPE_CHECKING:
     from .library import Operator
 
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+#: True results mean that something is in force that only PyTorch's dispatcher knows how to handle.
+MODES: tuple[Callable[[], Any], ...] = (
+    torch._C._is_any_autocast_enabled,
+    peek_interpreter_stack,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._get_tracing_state,
+)
 
 
 def special() -> bool:
-    """Whether anything is in force that only PyTorch's dispatcher knows how to handle."""
-    return (
-        torch._C._is_any_autocast_enabled()
-        or peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-    )
+    """Whether any of the modes is in force, or the profiler."""
+    return any(mode() for mode in MODES) or torch.autograd.profiler._is_profiler_enabled
+
+
+def describe(*tensors: torch.Tensor | None) -> Hashable:
+    """What a plan depends on of its tensors."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
+def read_signature(*tensors: torch.Tensor | None) -> Hashable | None:
+    """`describe`, or None where a tensor is not plain or a mode is in force."""
+    plain = all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in tensors)
+    return describe(*tensors) if plain and not any(mode() for mode in MODES) else None
+
+
+def signature_function() -> Callable[..., Hashable | None]:
+    """`read_signature`, by the extension module where there is one: then mostly as bytes, in a fraction of the time."""
+    try:
+        from isotile import _C
+    except ImportError:
+        return read_signature
+    module: Any = _C
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    module.set_signature(table, PLAIN, torch.Tensor.is_neg, MODES, describe)
+    return module.signature  # type: ignore[no-any-return]
+
+
+signature = signature_function()
 
 
 def compiled(op: Operator) -> Callable[..., tuple[torch.Tensor, ...] | None]:
@@ -43,24 +72,20 @@ def compiled(op: Operator) -> Callable[..., tuple[torch.Tensor, ...] | None]:
     namespace: dict[str, Any] = {
         "_plans": op.plans,
         "_defaults": op.defaults,
-        "_PLAIN": PLAIN,
-        "_special": special,
+        "_signature": signature,
+        "_profiler": torch.autograd.profiler,
         "_compiling": torch.compiler.is_compiling,
         "_grad": torch.is_grad_enabled,
         "_state": CURRENT.get,
-        "_empty": torch.empty_strided,
         **{f"_apply_{overload}": op.functions[overload][0].apply for overload in spec.overloads},  # type: ignore[attr-defined]
     }
     tensors = [n for n in op.parameters if n in spec.tensors]
     optional = {n for n in tensors if spec.tensors[n].optional}
-    plain, needs, key = [], [], []
+    needs = []
     for n in tensors:
-        is_plain, needs_grad = f"type({n}) in _PLAIN and not {n}.is_neg()", f"{n}.requires_grad"
-        plain.append(f"({n} is None or {is_plain})" if n in optional else is_plain)
+        needs_grad = f"{n}.requires_grad"
         needs.append(f"({n} is not None and {needs_grad})" if n in optional else needs_grad)
-    for n in op.parameters:
-        entry = f"({n}.shape, {n}.stride(), {n}.dtype, {n}.device)" if n in spec.tensors else n
-        key.append(f"None if {n} is None else {entry}" if n in optional else entry)
+    scalars = [n for n in op.parameters if n not in spec.tensors]
     overload = "'default'"
     if spec.grad_overload is not None:
         argument, saving = spec.grad_overload
@@ -75,11 +100,8 @@ def compiled(op: Operator) -> Callable[..., tuple[torch.Tensor, ...] | None]:
             if r not in results:
                 continue
             passed[r] = f"_r{i}"
-            lines.append(f"_s = _e[{i}]")
-            if spec.results[r].needs is None:
-                lines.append(f"_r{i} = _empty(_s[0], _s[1], dtype=_s[2], device=_s[3])")
-            else:
-                lines.append(f"_r{i} = None if _s is None else _empty(_s[0], _s[1], dtype=_s[2], device=_s[3])")
+            unless = "" if spec.results[r].needs is None else f"None if _e[{i}] is None else "
+            lines.append(f"_r{i} = {unless}_e[{i}]()")
         lines.append(f"_plan.run({', '.join([*tensors, *passed.values()])})")
         kept = []
         for r in results:
@@ -97,15 +119,18 @@ def compiled(op: Operator) -> Callable[..., tuple[torch.Tensor, ...] | None]:
     def indented(lines: list[str], depth: int) -> list[str]:
         return ["    " * depth + line for line in lines]
 
-    signature = [f"{n}=_defaults[{n!r}]" if n in op.defaults else n for n in op.parameters]
+    head = [f"{n}=_defaults[{n!r}]" if n in op.defaults else n for n in op.parameters]
     source = [
-        f"def {spec.name}({', '.join(signature)}):",
-        f"    if _compiling() or not ({' and '.join(plain)}) or _special():",
+        f"def {spec.name}({', '.join(head)}):",
+        "    if _compiling() or _profiler._is_profiler_enabled:",
         "        return None",
-        f"    _g = _grad() and ({' or '.join(needs)})",
+        f"    _s = _signature({', '.join(tensors)})",
+        "    if _s is None:",
+        "        return None",
         "    try:",
-        f"        _plan = _plans.get(({overload}, _state(), {', '.join(key)}, None))",
-        "    except TypeError:  # an unhashable argument: the long way names it",
+        f"        _g = _grad() and ({' or '.join(needs)})",
+        f"        _plan = _plans.get(({', '.join([overload, '_state()', '_s', *scalars])}, None))",
+        "    except (AttributeError, TypeError):  # None, or an unhashable argument: the long way names it",
         "        return None",
         "    if _plan is None:",
         "        return None",

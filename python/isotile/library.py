@@ -47,6 +47,7 @@ class Operator:
             n: p.default for n, p in spec.signature.parameters.items() if p.default is not inspect.Parameter.empty
         }
         self.tensor_positions = tuple(i for i, n in enumerate(self.parameters) if n in spec.tensors)
+        self.scalar_positions = tuple(i for i, n in enumerate(self.parameters) if n not in spec.tensors)
         self.result_positions = {
             o: tuple(i for i, n in enumerate(spec.results) if n in spec.results_of(o)) for o in spec.overloads
         }
@@ -66,16 +67,13 @@ class Operator:
     def plan(self, overload: str, values: tuple[Any, ...], outs: Sequence[torch.Tensor] | None) -> dispatch.Plan:
         """The cached plan of a call given by all its parameters in order."""
         state = CURRENT.get()
+        tensors = [values[i] for i in self.tensor_positions]
         key = (
             overload,
             state,
-            *[
-                (v.shape, v.stride(), v.dtype, v.device)
-                if isinstance(v, torch.Tensor)
-                else (tuple(v) if isinstance(v, list) else v)
-                for v in values
-            ],
-            None if outs is None else tuple((o.shape, o.stride(), o.dtype, o.device) for o in outs),
+            fast_path.signature(*tensors) or fast_path.describe(*tensors),
+            *[tuple(v) if isinstance(v, list) else v for v in map(values.__getitem__, self.scalar_positions)],
+            None if outs is None else fast_path.describe(*outs),
         )
         found = self.plans.get(key)
         if found is None:
