@@ -1,6 +1,12 @@
-"""Every operator on every backend, on drawn inputs, against the float64 truth within the derived bound."""
+"""Every operator on every backend, on drawn inputs, against the float64 truth within the derived bound.
+
+What a long run (`make deep`) finds joins `once_failed.jsonl`.
+"""
 
 from __future__ import annotations
+
+import json
+import pathlib
 
 import hypothesis
 import pytest
@@ -18,6 +24,8 @@ for isa in LOWER:
     BACKENDS.setdefault(f"cpu[{isa}]", CpuBackend(isa))
 UNDER_TEST = ["cpu", "reference", *[f"cpu[{isa}]" for isa in LOWER]]
 
+FOUND = [json.loads(line) for line in pathlib.Path(__file__).with_name("once_failed.jsonl").read_text().splitlines()]
+
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -32,3 +40,9 @@ def test_agrees_with_the_float64_truth(op, backend, dtype):
         check_recipe(recipe, backend)
 
     agrees()
+
+
+@pytest.mark.parametrize("recipe", FOUND, ids=[recipe["op"] for recipe in FOUND])
+@pytest.mark.parametrize("backend", UNDER_TEST)
+def test_what_a_long_run_once_found(backend, recipe):
+    check_recipe(recipe, backend)

@@ -297,10 +297,22 @@ def score_error(a, scores, visible, lse):
     return p, mean_error, compounded(relative, a.query.dtype)
 
 
+def kernel_accumulator(dtype):
+    """The dtype in which a kernel accumulates, also where the truth is being taken in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def compounded(relative, dtype):
     """What an exponent's error of `relative` units makes of a probability: exp(error) - 1, in those units."""
-    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+    unit = torch.finfo(kernel_accumulator(dtype)).eps / 2
     return torch.expm1((relative * unit).clamp(max=300.0)) / unit
+
+
+def vanished(visible, dtype):
+    """A probability's absolute error, in units of the accumulator, where a kernel puts 0 for one that is below twice
+    the smallest normal number."""
+    facts = torch.finfo(kernel_accumulator(dtype))
+    return torch.where(visible, 2 * facts.smallest_normal / (facts.eps / 2), 0.0)
 
 
 def operand_size(size, visible, dtype, scale=1.0):
@@ -318,11 +330,12 @@ def _error(args, truth, dims):
     lse = lse_of(scores, args.sinks, torch.float64)
     p, mean_error, relative = score_error(args, scores, visible, lse)
     kept = kept_of(args, p.shape, torch.float64)
+    lost = vanished(visible, args.query.dtype)
     if kept is not None:
-        p = p * kept
+        p, lost = p * kept, lost * kept
     value = visible_values(args, visible, torch.float64).abs().nan_to_num(0.0, 0.0, 0.0)
     size = p @ value
-    accumulated = (p * relative) @ value + growth(args.key.shape[-2]) * size
+    accumulated = (p * relative + lost) @ value + growth(args.key.shape[-2]) * size
     top = torch.where(lse.isfinite(), lse, 0.0)
     lse_error = mean_error + growth(args.key.shape[-2]) + 8 + top.abs()
     operand = operand_size(p, visible, args.query.dtype) @ value

@@ -95,7 +95,8 @@ def _error(args, truth, dims):
         delta = delta + args.grad_lse.double().abs()[..., None]
     queries, keys, dv = args.query.shape[-2], args.key.shape[-2], args.value.shape[-1]
     size = torch.where(visible, p * (dp + delta), 0.0)
-    error = size * (relative + growth(dv) + 4)
+    lost = forward.vanished(visible, args.query.dtype)
+    error = score_error = torch.where(visible, (p * (relative + growth(dv) + 4) + lost) * (dp + delta), 0.0)
     scale = abs(forward.default_scale(args))
     cap: torch.Tensor | float = 1.0
     if args.softcap is not None:
@@ -111,7 +112,7 @@ def _error(args, truth, dims):
         loop = grad.shape[:-3]
         return grad.reshape(*loop, args.key.shape[-3], groups, *grad.shape[-2:]).sum(-3)
 
-    dropped = p if kept is None else p * kept
+    dropped, lost = (p, lost) if kept is None else (p * kept, lost * kept)
     slope_operand = forward.operand_size(slope, visible, args.query.dtype, scale)
     dropped_operand = forward.operand_size(dropped, visible, args.query.dtype)
     terms = {
@@ -121,12 +122,12 @@ def _error(args, truth, dims):
             per_head(slope_operand.mT @ query),
         ),
         "grad_value": (
-            per_head((dropped * (relative + growth(queries * groups))).mT @ upstream),
+            per_head((dropped * (relative + growth(queries * groups)) + lost).mT @ upstream),
             per_head(dropped_operand.mT @ upstream),
         ),
     }
     if "grad_attn_mask" in truth:
-        terms["grad_attn_mask"] = (size * (relative + growth(dv) + 4), 0.0)
+        terms["grad_attn_mask"] = (score_error, 0.0)
     if "grad_sinks" in truth:
         weight = torch.where(lse == -math.inf, 0.0, torch.exp(args.sinks.double()[:, None, None] - lse))
         rows = math.prod(args.query.shape[:-3]) * queries

@@ -126,6 +126,8 @@ def product_error(magnitude, k, args, truth, extra=0.0):
     if args.activation is not None:
         # Every activation has slope at most 1.13, and a kernel's own evaluation errs by a few units of |z|.
         y = 1.13 * z + 8 * (magnitude + (0 if args.bias is None else args.bias.double().abs())).clamp(min=0)
+    if args.activation == "sigmoid":  # not 0 at 0: its exponential, sum and quotient err by units of a value up to 1
+        y = y + 4
     if args.residual is not None:
         y = y + 2 * args.residual.double().abs() + truth["y"].abs()
     return {"y": (y, 0.0), "preactivation": (z, 0.0)}
