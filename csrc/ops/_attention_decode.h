@@ -338,7 +338,6 @@ void decode(const Problem& p, const TensorView& out, const TensorView& lse) {
         for (int64_t i = 0; i < columns; ++i) total[i] = 0;
         for (int64_t i = 0; i < parts; ++i) {
           const A* from = task.partial_of(head, i, r);
-          if (from[columns + 1] == 0) continue;
           const A factor = exp2_scalar(from[columns] - base);
           sum += from[columns + 1] * factor;
           for (int64_t c = 0; c < columns; c += Vec<A>::kLanes) {

@@ -119,10 +119,10 @@ class ErrorModel:
 
     `terms(args, truth, dims)` gives for each result `(accumulated, operand)`: float64 magnitudes that the units in
     the last place of the accumulator, and of the operands' dtype, multiply. `growth(n)` is the factor of a sum of n
-    terms.
+    terms. A third item, a mask, tells where nothing at all is promised: infinity times what may be 0 or either sign.
     """
 
-    terms: Callable[[SimpleNamespace, dict[str, torch.Tensor], shapes.Dims], dict[str, tuple[Any, Any]]]
+    terms: Callable[[SimpleNamespace, dict[str, torch.Tensor], shapes.Dims], dict[str, tuple[Any, ...]]]
     ulps: float = 1.0
 
 

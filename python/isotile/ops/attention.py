@@ -318,10 +318,14 @@ def vanished(visible, dtype):
 def operand_size(size, visible, dtype, scale=1.0):
     """What the operands' unit multiplies where a kernel rounds an intermediate of this size to their dtype.
 
-    Below the smallest normal number the error of a rounding no longer falls with the number. The kernel may apply
-    `scale` after the rounding or, where `size` has it, before.
+    Below the smallest normal number the error of a rounding no longer falls with the number; in bfloat16, whose matrix
+    units take what is below as 0, it is that number itself. The kernel may apply `scale` after the rounding or, where
+    `size` has it, before.
     """
-    least = torch.finfo(dtype).smallest_normal * max(1.0, scale)
+    facts = torch.finfo(dtype)
+    least = facts.smallest_normal * max(1.0, scale)
+    if dtype == torch.bfloat16:
+        least /= facts.eps / 2
     return torch.where(visible, size.clamp_min(least), 0.0)
 
 

@@ -70,16 +70,22 @@ def norm_backward_error(args, truth, xhat, rstd, xhat_error, n, centred):
         inner = inner + g.mean(-1, keepdim=True) * grow
     rows = upstream.numel() // n if n else 0
     rows_grow = growth(rows)
+    # Equal numbers are normalised to 0, or to a rounding error of either sign: infinity times that may be anything.
+    noise = upstream.isinf() & (xhat.abs() < _norm.unit(args.x.dtype) * xhat_error)
     out = {}
     if "grad_x" in truth:
         dx = truth["grad_x"].double().reshape(xhat.shape)
         error = inner * rstd + dx.abs() * (grow + 6)
         if args.grad_sum is not None:
             error = error + 2 * args.grad_sum.double().reshape(xhat.shape).abs() * (grow + 6)
-        out["grad_x"] = (error.reshape(truth["grad_x"].shape), 0.0)
+        undecided = noise.any(-1, keepdim=True).expand_as(error)
+        shape = truth["grad_x"].shape
+        out["grad_x"] = (error.reshape(shape), 0.0, undecided.reshape(shape))
     if "grad_weight" in truth:
         total = upstream.abs() * (xhat.abs() * rows_grow + xhat_error)
-        out["grad_weight"] = (total.reshape(rows, n).sum(0).reshape(truth["grad_weight"].shape), 0.0)
+        shape = truth["grad_weight"].shape
+        undecided = noise.reshape(rows, n).any(0).reshape(shape)
+        out["grad_weight"] = (total.reshape(rows, n).sum(0).reshape(shape), 0.0, undecided)
     if "grad_bias" in truth:
         out["grad_bias"] = (upstream.abs().reshape(rows, n).sum(0).reshape(truth["grad_bias"].shape) * rows_grow, 0.0)
     return out

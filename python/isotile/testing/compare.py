@@ -24,7 +24,7 @@ class Bound:
     """The truth of one result, and how far from it each element may be."""
 
     truth: torch.Tensor  # float64
-    allowed: torch.Tensor  # float64; inf where nothing is promised
+    allowed: torch.Tensor  # float64; inf where nothing is promised of what is finite, NaN where nothing at all
     dtype: torch.dtype
 
 
@@ -66,7 +66,7 @@ def bounds(spec: OpSpec, overload: str, values: dict[str, Any], dims: Dims | Non
     for (name, _), out in zip(spec.results.items(), outs, strict=True):
         if out is None:
             continue
-        accumulated, operand = terms[name]
+        accumulated, operand, *undecided = terms[name]
         exact_value = truth[name]
         allowed = spec.error.ulps * ulp(exact_value, out.dtype)
         allowed = allowed + unit * accumulated + operand_unit * operand + 64 * floor
@@ -75,6 +75,8 @@ def bounds(spec: OpSpec, overload: str, values: dict[str, Any], dims: Dims | Non
             huge = torch.as_tensor(accumulated, dtype=torch.float64) > torch.finfo(wide).max / 16
             allowed = torch.where(huge, math.inf, allowed)
         allowed = torch.where(torch.as_tensor(allowed).isnan(), math.inf, allowed).expand(exact_value.shape)
+        for places in undecided:
+            allowed = torch.where(places, math.nan, allowed)
         found[name] = Bound(exact_value, allowed, out.dtype)
     return found
 
@@ -98,7 +100,7 @@ def compare(name: str, result: torch.Tensor, bound: Bound) -> float:
     same = (
         (got == want) | (got.isnan() & want.isnan()) | (overflows & (got.abs() >= limit) & (got.sign() == want.sign()))
     )
-    unpromised = allowed.isinf() & want.isfinite()
+    unpromised = allowed.isnan() | (allowed.isinf() & want.isfinite())
     error = torch.where(same | unpromised, 0.0, (got - want).abs() / allowed)
     error = error.nan_to_num(math.inf, math.inf)
     worst = int(error.argmax())

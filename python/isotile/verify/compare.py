@@ -156,7 +156,7 @@ def _picked(
 
 
 def _number(value: Any) -> float:
-    return math.inf if value == "inf" else float(value)
+    return float(value)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -80,7 +80,7 @@ class Errors:
         units = error / ulp(want[finite], bound.dtype)
         exact = int((error == 0).sum())
         self.elements += got.numel()
-        self.unpromised += int((bound.allowed.isinf() & want.isfinite()).sum())
+        self.unpromised += int((bound.allowed.isnan() | (bound.allowed.isinf() & want.isfinite())).sum())
         for distribution, values in ((self.share, error / bound.allowed[finite]), (self.ulps, units)):
             distribution.add(values)
             distribution.add_zeros(exact)

@@ -196,7 +196,7 @@ class Verifier:
             "shape": list(bound.truth.shape),
             "at": at,
             # Rounded up, so that a comparison of other machines is not stricter than the bound.
-            "allowed": [float(f"{1.001 * v:.4g}") if v < math.inf else "inf" for v in allowed],
+            "allowed": [float(f"{1.001 * v:.4g}") if v < math.inf else str(v) for v in allowed],
         }
 
     def records(self) -> dict[str, Any]:
