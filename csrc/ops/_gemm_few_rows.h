@@ -99,13 +99,13 @@ constexpr bool kBlocksInRegisters = false;
 #endif
 
 template <class Kind, class Src>
-inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t cols, const FewRows<Kind>& few,
-                        float* sums, int64_t width);
+inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
+                        const FewRows<Kind>& few, float* sums, int64_t width);
 
 #if defined(__AVX512F__)
 // The same for so few rows that storing the block costs more than the products: it stays in registers.
 template <class Kind, class Src, int kRows>
-inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t cols,
+inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
                         const typename Kind::Packed* a, float* sums, int64_t width) {
   using V = Vec<float>;
   constexpr int64_t kPer = Kind::kPerStep, kBlock = 16, kAhead = 512 / static_cast<int64_t>(sizeof(Src));
@@ -126,12 +126,10 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
     for (int i = 0; i < kRows; ++i) sum[i].store(sums + i * width + j);
   };
   for (int64_t s = 0; s < whole; s += kBlock) {
-    const bool more = s * kPer + kAhead < left;
+    // At their end, the beginning of the next columns.
+    const int64_t ahead = s * kPer + kAhead < left ? kAhead : following == 0 ? 0 : following + kAhead - left;
     int64_t j = 0;
-    for (; j + 16 <= cols; j += 16) {
-      if (more) block_of(s, j, 15, kAhead);
-      else block_of(s, j, 15, 0);
-    }
+    for (; j + 16 <= cols; j += 16) block_of(s, j, 15, ahead);
     if (j < cols) block_of(s, j, cols - 1 - j, 0);
   }
   for (int64_t s = whole; s < steps; ++s) {
@@ -147,15 +145,16 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
   }
 }
 
-// left: elements of each column from here to its end.
+// left: elements of each column from here to its end; following: from here to the start of the next columns, 0 if there
+// are none.
 template <class Kind, class Src>
-inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t cols, const FewRows<Kind>& few,
-                        float* sums, int64_t width) {
+inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
+                        const FewRows<Kind>& few, float* sums, int64_t width) {
   switch (few.row[1]) {
-    case 1: return dot_columns<Kind, Src, 1>(b, b_n, kc, left, cols, few.a[0], sums, width);
-    case 2: return dot_columns<Kind, Src, 2>(b, b_n, kc, left, cols, few.a[0], sums, width);
-    case 3: return dot_columns<Kind, Src, 3>(b, b_n, kc, left, cols, few.a[0], sums, width);
-    default: return dot_columns<Kind, Src, 4>(b, b_n, kc, left, cols, few.a[0], sums, width);
+    case 1: return dot_columns<Kind, Src, 1>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
+    case 2: return dot_columns<Kind, Src, 2>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
+    case 3: return dot_columns<Kind, Src, 3>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
+    default: return dot_columns<Kind, Src, 4>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
   }
 }
 #endif
@@ -168,10 +167,10 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const typename Kind:
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes, kBlock = 32;
   if (g.k == 0 || g.m > kFewRows) return false;
   const bool by_rows = g.b_n == 1 && g.m <= 4;
-  // Few columns at a time for dot_columns: columns a power of two apart compete for the same cache sets.
+  // One vector of columns at a time for dot_columns: columns a power of two apart compete for the same cache sets.
   const bool by_dots = kBlocksInRegisters<Kind, Src> && !by_rows && g.b_k == 1 && g.m <= 4;
   const int64_t most_width =
-      by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : by_dots ? 2 * Kind::kLanes : kWidth;
+      by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : by_dots ? Kind::kLanes : kWidth;
   Scratch<Acc> totals(g.m * most_width), chunk_sums(g.k > Kind::kChunk ? g.m * most_width : 0);
   Scratch<typename Kind::Packed> packed(kBlock * kWidth);
   const Src* b = static_cast<const Src*>(g.b) + g.b_offset;
@@ -190,7 +189,8 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const typename Kind:
       if (by_rows) {
         sum_rows_of_b<Kind>(from, g.b_k, kc, cols, few, sums, width);
       } else if constexpr (kBlocksInRegisters<Kind, Src>) {
-        if (by_dots) dot_columns<Kind>(from, g.b_n, kc, g.k - k0, cols, few, sums, width);
+        const int64_t following = j + 2 * most_width <= n1 ? most_width * g.b_n - k0 : 0;
+        if (by_dots) dot_columns<Kind>(from, g.b_n, kc, g.k - k0, following, cols, few, sums, width);
         else by_blocks();
       } else {
         by_blocks();
