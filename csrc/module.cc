@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <structmember.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <exception>
@@ -164,6 +165,12 @@ PyObject* call_plan(PyObject* self, PyObject* const* args, size_t flagged_count,
       data = PyLong_AsVoidPtr(address);
       Py_DECREF(address);
       if (!data && PyErr_Occurred()) return nullptr;
+    }
+    if (!data && !std::count(planned.size, planned.size + planned.ndim, 0)) {
+      PyErr_Format(PyExc_RuntimeError,
+                   "tensor %zd of this plan has no memory behind its elements, as a zero tensor of PyTorch's forward-mode "
+                   "differentiation; give it some, for example with clone()", i);
+      return nullptr;
     }
     TensorView& view = views[i];
     view.data = data;

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
 import torch
+
+# A shell's background job ignores Ctrl-C, and so would the programs that the tests of interrupts start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile(
     "ci",

@@ -242,3 +242,12 @@ def test_negative_and_lazy_views_are_handled():
     x = torch.view_as_complex(torch.randn(4, 8, 2)).conj().imag  # negation is pending on this view
     assert x.is_neg()
     torch.testing.assert_close(isotile.softmax(x), torch.softmax(x, -1))
+
+
+def test_a_tensor_without_memory_is_refused():
+    zeros = torch._efficientzerotensor(4, 8)
+    with (
+        isotile.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"tensor 0 of this plan has no memory.*clone\(\)"),
+    ):
+        isotile.softmax(zeros)
