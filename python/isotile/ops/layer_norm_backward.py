@@ -72,7 +72,7 @@ def norm_backward_error(args, truth, xhat, rstd, xhat_error, n, centred):
     rows_grow = growth(rows)
     # Equal numbers are normalised to 0, or to a rounding error of either sign: infinity times that may be anything.
     noise = upstream.isinf() & (xhat.abs() < _norm.unit(args.x.dtype) * xhat_error)
-    out = {}
+    out: dict[str, tuple] = {}
     if "grad_x" in truth:
         dx = truth["grad_x"].double().reshape(xhat.shape)
         error = inner * rstd + dx.abs() * (grow + 6)

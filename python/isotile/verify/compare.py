@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
