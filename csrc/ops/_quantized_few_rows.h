@@ -135,11 +135,6 @@ inline void dot_floats(const QuantizedWeight& w, const uint8_t* row, const Facto
   for (int64_t piece = 0; piece < pieces; ++piece) {
     __m512 weights[8];
     piece_of_row(w, row, f, piece, weights);
-    if (const int64_t left = w.k - piece * kPiece; left < kPiece) {  // x is 0 there, but the weight may be infinite
-#pragma GCC unroll 8
-      for (int v = 0; v < 8; ++v)
-        weights[v] = _mm512_maskz_mov_ps(16 * v < left ? first16(left - 16 * v) : 0, weights[v]);
-    }
     const float* at = x + piece * kPiece;
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v)

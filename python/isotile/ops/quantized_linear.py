@@ -203,7 +203,13 @@ PARTS: dict[str, Tensor | Scalar] = {
     "scales": Tensor(
         "n groups", dtypes=(*_FLOATS, torch.uint8), values=Values(low=-0.1, high=0.2, codes=(100, 127)), **_WEIGHT
     ),
-    "zeros": Tensor("n groups", dtypes=(torch.uint8, *_FLOATS), optional=True, values=Values(codes=(0, 16)), **_WEIGHT),
+    "zeros": Tensor(
+        "n groups",
+        dtypes=(torch.uint8, *_FLOATS),
+        optional=True,
+        values=Values(low=-1.5, high=1.5, codes=(0, 16)),
+        **_WEIGHT,
+    ),
     "global_scale": Tensor("one", dtypes=(torch.float32,), optional=True, values=Values(low=0.5, high=2.0), **_WEIGHT),
 }
 FORMAT: dict[str, Tensor | Scalar] = {
