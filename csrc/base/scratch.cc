@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kWorthHugePage = kHugePage / 16;  // a matrix product's panels meet hundreds of pages otherwise
 constexpr size_t kCacheBytes = size_t{128} << 20;  // kept by one thread between calls
 constexpr int kCacheBlocks = 16;
 
@@ -72,7 +73,7 @@ void scratch_release(void* block, size_t) noexcept { free_block(block); }
 #else
 void* scratch_acquire(size_t bytes, size_t* capacity) {
   if (bytes > (size_t{1} << 62)) throw std::bad_alloc();
-  const size_t unit = bytes >= kHugePage ? kHugePage : size_t{4096};
+  const size_t unit = bytes >= kWorthHugePage ? kHugePage : size_t{4096};
   const size_t wanted = (bytes + unit - 1) / unit * unit;
   int best = -1;
   for (int i = 0; i < cache.count; ++i) {

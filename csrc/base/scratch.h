@@ -13,7 +13,7 @@ void* scratch_acquire(size_t bytes, size_t* capacity);  // throws std::bad_alloc
 void scratch_release(void* block, size_t capacity) noexcept;
 }  // namespace detail
 
-// `count` elements of T, 64-byte aligned (2 MB aligned and on huge pages when large), from construction to the end of
+// `count` elements of T, 64-byte aligned (2 MB aligned and on huge pages from 128 KB on), from construction to the end of
 // the scope, on the constructing thread's cache. Other threads may use the memory meanwhile. Large buffers belong
 // before the parallel region; inside one, an allocation failure still surfaces as std::bad_alloc at the call.
 template <class T>

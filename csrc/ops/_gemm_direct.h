@@ -81,27 +81,34 @@ inline bool direct(const Gemm& g, int64_t m, int64_t k) {
 }
 
 inline void run_direct(const Gemm& g) {
+  constexpr int64_t kInL1 = 6144;  // elements
   constexpr int64_t kLanes = Vec<float>::kLanes, kWidth = kRegisterVecs * kLanes;
   const bool in_place = g.out.plain(DType::kFloat32);
   const float* a = static_cast<const float*>(g.a.data) + g.a.offset;
   const float* b = static_cast<const float*>(g.b) + g.b_offset;
   const int64_t panels = ceil_div(g.m, kTileRows), y_step = g.out.y.rows.step();
   float tile[kTileRows * kWidth];
-  for (int64_t j = 0; j < g.n; j += kWidth) {
+  const auto run = [&](int64_t p, int64_t j) {
     const int64_t cols = least(g.n - j, kWidth), vecs = ceil_div(cols, kLanes), last = cols - (vecs - 1) * kLanes;
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t row = p * g.m / panels, rows = (p + 1) * g.m / panels - row;
-      const float* at[kTileRows];
-      for (int64_t i = 0; i < rows; ++i) at[i] = a + g.a.rows.at(row + i);
-      const DirectTile run = last == kLanes ? direct_tile_of<true>(rows, vecs) : direct_tile_of<false>(rows, vecs);
-      if (in_place) {
-        float* y = static_cast<float*>(g.out.y.data) + g.out.y.offset + row * y_step + j;
-        run(g.k, at, g.a.col, b + j, g.b_k, last, y, y_step, true);
-      } else {
-        run(g.k, at, g.a.col, b + j, g.b_k, last, tile, kWidth, false);
-        finish(g.out, tile, kWidth, row, rows, j, cols);
-      }
+    const int64_t row = p * g.m / panels, rows = (p + 1) * g.m / panels - row;
+    const float* at[kTileRows];
+    for (int64_t i = 0; i < rows; ++i) at[i] = a + g.a.rows.at(row + i);
+    const DirectTile run = last == kLanes ? direct_tile_of<true>(rows, vecs) : direct_tile_of<false>(rows, vecs);
+    if (in_place) {
+      float* y = static_cast<float*>(g.out.y.data) + g.out.y.offset + row * y_step + j;
+      run(g.k, at, g.a.col, b + j, g.b_k, last, y, y_step, true);
+    } else {
+      run(g.k, at, g.a.col, b + j, g.b_k, last, tile, kWidth, false);
+      finish(g.out, tile, kWidth, row, rows, j, cols);
     }
+  };
+  // Columns stay in L1 while all rows pass. If all of b is in L1, the result goes row by row: page by page.
+  if (g.k * g.n <= kInL1) {
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t j = 0; j < g.n; j += kWidth) run(p, j);
+  } else {
+    for (int64_t j = 0; j < g.n; j += kWidth)
+      for (int64_t p = 0; p < panels; ++p) run(p, j);
   }
 }
 

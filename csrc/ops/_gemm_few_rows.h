@@ -11,16 +11,14 @@ namespace ISOTILE_ISA {
 
 constexpr int64_t kFewRows = 16;
 
-// The packed rows of a problem, one chunk: panels [step][rows] behind each other.
+// One chunk of a problem's rows: where each one's steps start.
 template <class Kind>
 struct FewRows {
-  const typename Kind::Packed* a[ceil_div(kFewRows, kTileRows)];
-  int64_t row[ceil_div(kFewRows, kTileRows) + 1];
-  int64_t panels;
+  const typename Kind::Packed* a[kFewRows];
+  int64_t m;
 
-  FewRows(int64_t m, const typename Kind::Packed* packed, int64_t steps) : panels(ceil_div(m, kTileRows)) {
-    for (int64_t p = 0; p <= panels; ++p) row[p] = p * m / panels;
-    for (int64_t p = 0; p < panels; ++p) a[p] = packed + row[p] * steps;
+  FewRows(const RowsOfA<Kind>& rows, int64_t m, int64_t k0, int64_t kc) : m(m) {
+    for (int64_t i = 0; i < m; ++i) a[i] = rows.at(i, k0, kc);
   }
 };
 
@@ -33,16 +31,12 @@ ISOTILE_INLINE void few_rows_steps(const Src* b, int64_t b_k, int64_t left, int6
   typename Kind::Operand v[kSteps];
 #pragma GCC unroll 8
   for (int u = 0; u < kSteps; ++u) v[u] = Kind::template lanes<kFull>(b + u * kPer * b_k, b_k, left - u * kPer, cols);
-  for (int64_t p = 0; p < few.panels; ++p) {
-    const int64_t rows = few.row[p + 1] - few.row[p];
-    const typename Kind::Packed* a = few.a[p] + s * rows;
-    typename Kind::Acc* at = sums + few.row[p] * width;
-    for (int64_t i = 0; i < rows; ++i, ++a, at += width) {
-      V sum = V::load(at);
+  for (int64_t i = 0; i < few.m; ++i) {
+    typename Kind::Acc* at = sums + i * width;
+    V sum = V::load(at);
 #pragma GCC unroll 8
-      for (int u = 0; u < kSteps; ++u) sum = Kind::multiply_add(Kind::broadcast(a + u * rows), v[u], sum);
-      sum.store(at);
-    }
+    for (int u = 0; u < kSteps; ++u) sum = Kind::multiply_add(Kind::broadcast(few.a[i] + s + u), v[u], sum);
+    sum.store(at);
   }
 }
 
@@ -52,8 +46,8 @@ inline void sum_rows_of_b(const Src* b, int64_t b_k, int64_t kc, int64_t cols, c
                           typename Kind::Acc* sums, int64_t width) {
   using V = Vec<typename Kind::Acc>;
   constexpr int64_t kSteps = 8, kPer = Kind::kPerStep, kLanes = Kind::kLanes;
-  const int64_t steps = Kind::steps(kc), m = few.row[few.panels];
-  for (int64_t i = 0; i < m * width; i += kLanes) V::zero().store(sums + i);
+  const int64_t steps = Kind::steps(kc);
+  for (int64_t i = 0; i < few.m * width; i += kLanes) V::zero().store(sums + i);
   int64_t s = 0;
   for (; (s + kSteps) * kPer <= kc; s += kSteps) {
     const Src* from = b + s * kPer * b_k;
@@ -83,9 +77,11 @@ inline void sum_blocks_of_b(ColumnPanel<Kind> panel, const FewRows<Kind>& few, t
     const int64_t steps = Kind::steps(panel.kc), s = Kind::steps(k0);
     Prefetch prefetch = panel.prefetch(0, ColumnPanel<Kind>::kParts, steps / 4);
     if (prefetch.rows_left > 0) prefetch.row += kAhead * kBlock * panel.sk * panel.item;
-    for (int64_t p = 0; p < few.panels; ++p) {
-      const int64_t rows = few.row[p + 1] - few.row[p];
-      tile_function<Kind>(rows, width)(steps, few.a[p] + s * rows, packed, sums + few.row[p] * width, width,
+    for (int64_t p = 0; p < panel_count(few.m); ++p) {
+      const int64_t row = panel_row(few.m, p), rows = panel_row(few.m, p + 1) - row;
+      const typename Kind::Packed* a[kTileRows];
+      for (int64_t i = 0; i < rows; ++i) a[i] = few.a[row + i] + s;
+      tile_function<Kind>(rows, width)(steps, a, packed, width, sums + row * width, width,
                                        k0 == 0 ? Into::kSet : Into::kContinue, &prefetch);
     }
   }
@@ -106,7 +102,7 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
 // The same for so few rows that storing the block costs more than the products: it stays in registers.
 template <class Kind, class Src, int kRows>
 inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
-                        const typename Kind::Packed* a, float* sums, int64_t width) {
+                        const typename Kind::Packed* const* a, float* sums, int64_t width) {
   using V = Vec<float>;
   constexpr int64_t kPer = Kind::kPerStep, kBlock = 16, kAhead = 512 / static_cast<int64_t>(sizeof(Src));
   const int64_t steps = Kind::steps(kc), whole = kc / kPer / kBlock * kBlock;
@@ -116,12 +112,11 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
     V sum[kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) sum[i] = V::load(sums + i * width + j);
-    const typename Kind::Packed* at = a + s * kRows;
 #pragma GCC unroll 16
     for (int u = 0; u < kBlock; ++u)
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
-        sum[i] = Kind::multiply_add(Kind::broadcast(at + u * kRows + i), Kind::from_float(block.step[u]), sum[i]);
+        sum[i] = Kind::multiply_add(Kind::broadcast(a[i] + s + u), Kind::from_float(block.step[u]), sum[i]);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) sum[i].store(sums + i * width + j);
   };
@@ -139,7 +134,7 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
         column[c] = Kind::pack(b + (j + c) * b_n + s * kPer, int64_t{1}, kc - s * kPer);
       for (int i = 0; i < kRows; ++i) {
         float* at = sums + i * width + j;
-        Kind::multiply_add(Kind::broadcast(a + s * kRows + i), Kind::load(column), V::load(at)).store(at);
+        Kind::multiply_add(Kind::broadcast(a[i] + s), Kind::load(column), V::load(at)).store(at);
       }
     }
   }
@@ -150,18 +145,18 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
 template <class Kind, class Src>
 inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
                         const FewRows<Kind>& few, float* sums, int64_t width) {
-  switch (few.row[1]) {
-    case 1: return dot_columns<Kind, Src, 1>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
-    case 2: return dot_columns<Kind, Src, 2>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
-    case 3: return dot_columns<Kind, Src, 3>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
-    default: return dot_columns<Kind, Src, 4>(b, b_n, kc, left, following, cols, few.a[0], sums, width);
+  switch (few.m) {
+    case 1: return dot_columns<Kind, Src, 1>(b, b_n, kc, left, following, cols, few.a, sums, width);
+    case 2: return dot_columns<Kind, Src, 2>(b, b_n, kc, left, following, cols, few.a, sums, width);
+    case 3: return dot_columns<Kind, Src, 3>(b, b_n, kc, left, following, cols, few.a, sums, width);
+    default: return dot_columns<Kind, Src, 4>(b, b_n, kc, left, following, cols, few.a, sums, width);
   }
 }
 #endif
 
-// Columns [n0, n1) of a problem of few rows. a: the problem's packed a.
+// Columns [n0, n1) of a problem of few rows.
 template <class Kind, class Src>
-inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const typename Kind::Packed* a) {
+inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>& a) {
   using Acc = typename Kind::Acc;
   using V = Vec<Acc>;
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes, kBlock = 32;
@@ -178,7 +173,7 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const typename Kind:
     const int64_t cols = least(most_width, n1 - j), width = ceil_div(cols, Kind::kLanes) * Kind::kLanes;
     for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
       const int64_t kc = least(g.k - k0, Kind::kChunk);
-      const FewRows<Kind> few(g.m, a + g.m * Kind::steps(k0), Kind::steps(kc));
+      const FewRows<Kind> few(a, g.m, k0, kc);
       Acc* sums = k0 == 0 ? totals.data() : chunk_sums.data();
       const Src* from = b + k0 * g.b_k + j * g.b_n;
       const auto by_blocks = [&] {

@@ -1,5 +1,6 @@
-// Packing of a matrix product's operands into panels of steps.
+// Packing of a matrix product's operands: a into rows of steps, b into panels of steps.
 #pragma once
+#include "ops/_gemm.h"
 #include "ops/_gemm_tile.h"
 
 namespace isotile {
@@ -8,6 +9,10 @@ namespace ISOTILE_ISA {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows are dealt evenly to the panels, so that none is much thinner than the others.
+inline int64_t panel_count(int64_t m) { return ceil_div(m, kTileRows); }
+inline int64_t panel_row(int64_t m, int64_t panel) { return panel * m / panel_count(m); }
 
 // Transposes of 4 steps x 8 columns, for b whose steps lie next to each other. On x86 with 256-bit registers: these
 // shuffles go twice as fast as 512-bit ones, and half of the work is done by the loads.
@@ -117,20 +122,82 @@ inline int64_t pack_transposed(Packed*, const Src*, int64_t, int64_t, int64_t, i
 }
 #endif
 
-// rows of a (at[i], k stride `stride`) -> dst [step][rows].
-template <class Kind, class Src>
-inline void pack_rows(typename Kind::Packed* dst, const Src* const* at, int64_t rows, int64_t stride, int64_t kc) {
-  constexpr int64_t kPer = Kind::kPerStep, kBlock = 16;
-  const int64_t steps = Kind::steps(kc), whole = stride == 1 ? kc / kPer / kBlock * kBlock : 0;
-  for (int64_t s = 0; s < whole; s += kBlock) {
-    typename Kind::Packed block[8][kBlock];
-    for (int64_t i = 0; i < rows; ++i) Kind::pack_run(block[i], at[i] + s * kPer, kBlock);
-    for (int64_t l = 0; l < kBlock; ++l)
-      for (int64_t i = 0; i < rows; ++i) dst[(s + l) * rows + i] = block[i][l];
+// a as the register tile reads it: the steps of a row's chunk lie behind each other. Either the matrix itself, or packed
+// chunk by chunk into [rows][row_stride].
+template <class Kind>
+struct RowsOfA {
+  using Packed = typename Kind::Packed;
+  const Packed* data = nullptr;
+  const IndexMap* in_place = nullptr;  // of the matrix's rows; null where they are packed
+  int64_t rows = 0;                    // of a packed chunk
+
+  // Whole lines, and an odd number of them: neighbouring rows fall into different sets of every cache.
+  static int64_t row_stride(int64_t kc) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Packed));
+    return (ceil_div(Kind::steps(kc), kLine) | 1) * kLine;
   }
-  for (int64_t s = whole; s < steps; ++s)
-    for (int64_t i = 0; i < rows; ++i)
-      dst[s * rows + i] = Kind::pack(at[i] + s * kPer * stride, stride, kc - s * kPer);
+  // Where chunk k0 of a packed matrix begins; its length, if k0 is its k.
+  static int64_t chunk_start(int64_t rows, int64_t k0) {
+    const int64_t last = k0 % Kind::kChunk;
+    return rows * (k0 / Kind::kChunk * row_stride(Kind::kChunk) + (last == 0 ? 0 : row_stride(last)));
+  }
+  const Packed* at(int64_t row, int64_t k0, int64_t kc) const {
+    return in_place != nullptr ? data + in_place->at(row) + k0 : data + chunk_start(rows, k0) + row * row_stride(kc);
+  }
+};
+
+#if defined(__AVX512F__)
+constexpr int64_t kTransposed = 16;  // rows and steps
+#else
+constexpr int64_t kTransposed = 4;
+#endif
+
+// kTransposed rows at src, src + 1, ... by kTransposed whole steps, `col` apart -> dst [kTransposed][ld].
+template <class Kind, class Src>
+ISOTILE_INLINE void pack_transposed_rows(typename Kind::Packed* dst, int64_t ld, const Src* src, int64_t col) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename Kind::Packed) == 4) {
+    __m512 block[16];
+#pragma GCC unroll 16
+    for (int64_t s = 0; s < 16; ++s)
+      block[s] = Kind::raw(Kind::template lanes<true>(src + s * Kind::kPerStep * col, col, Kind::kPerStep, 0));
+    transpose_16x16(block);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(reinterpret_cast<float*>(dst + i * ld), block[i]);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < kTransposed; ++i)
+    for (int64_t s = 0; s < kTransposed; ++s)
+      dst[i * ld + s] = Kind::pack(src + i + s * Kind::kPerStep * col, col, Kind::kPerStep);
+}
+
+// Rows [begin, end) of a matrix, kc elements from src on -> dst [end - begin][row_stride(kc)].
+template <class Kind, class Src>
+inline void pack_rows(typename Kind::Packed* dst, const Src* src, const IndexMap& rows, int64_t begin, int64_t end,
+                      int64_t col, int64_t kc) {
+  constexpr int64_t kPer = Kind::kPerStep;
+  const int64_t ld = RowsOfA<Kind>::row_stride(kc), whole = kc / kPer;
+  const auto pack = [&](int64_t row, int64_t s0, int64_t s1) {
+    const Src* from = src + rows.at(row);
+    for (int64_t s = s0; s < s1; ++s)
+      dst[(row - begin) * ld + s] = Kind::pack(from + s * kPer * col, col, kc - s * kPer);
+  };
+  int64_t row = begin;
+  if (col != 1 && rows.even() && rows.step() == 1) {
+    for (; row + kTransposed <= end; row += kTransposed) {
+      typename Kind::Packed* to = dst + (row - begin) * ld;
+      int64_t s = 0;
+      for (; s + kTransposed <= whole; s += kTransposed)
+        pack_transposed_rows<Kind>(to + s, ld, src + rows.at(row) + s * kPer * col, col);
+      for (int64_t i = 0; i < kTransposed; ++i) pack(row + i, s, Kind::steps(kc));
+    }
+  }
+  const int64_t runs = col == 1 ? whole / Kind::kLanes * Kind::kLanes : 0;
+  for (; row < end; ++row) {
+    if (runs > 0) Kind::pack_run(dst + (row - begin) * ld, src + rows.at(row), runs);
+    pack(row, runs, Kind::steps(kc));
+  }
 }
 
 // A panel of b [kc, cols] (strides sk, sn) -> dst [step][width], width = cols rounded up to the lanes. What stands in

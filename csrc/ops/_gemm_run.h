@@ -6,11 +6,13 @@
 // is a constant of the kind, so an element's bits do not depend on m, n, the batch, the strides, the blocking, the
 // path taken or the number of threads: a row of a batch equals that row alone.
 //
-// A task is a block of rows times a block of columns. Many rows: b is packed panel by panel, chunk by chunk, into
-// [step][kRegisterVecs vectors], and all row panels [step][rows] of a run over it; meanwhile the next panel is fetched
-// and packed. a is packed once for everybody when several column blocks read it. Few rows: see few_rows(). Small
-// products: see run_direct().
+// A task is a block of rows times a block of columns. Many rows: rows of a are packed if they cannot be read where they
+// lie, b panel by panel, chunk by chunk, into [step][kRegisterVecs vectors], and all row panels run over it. Few rows:
+// see few_rows(). Small products: see run_direct().
 #pragma once
+#include <type_traits>
+
+#include "base/cpu.h"
 #include "base/dtype.h"
 #include "base/parallel.h"
 #include "base/scratch.h"
@@ -24,54 +26,53 @@
 namespace isotile {
 namespace ISOTILE_ISA {
 
-// Rows are dealt evenly to the panels, so that none is much thinner than the others.
-inline int64_t panel_count(int64_t m) { return ceil_div(m, kTileRows); }
-inline int64_t panel_row(int64_t m, int64_t panel) { return panel * m / panel_count(m); }
-
 struct Blocking {
   int64_t columns;  // of a task, a multiple of the panel's width
   int64_t panels;   // row panels of a task, at most
 };
 
-// Row panel `panel` of a, chunk [k0, k0 + kc).
-template <class Kind, class Src>
-inline void pack_a_panel(const Gemm& g, int64_t panel, int64_t k0, int64_t kc, typename Kind::Packed* dst) {
-  const int64_t row = panel_row(g.m, panel), rows = panel_row(g.m, panel + 1) - row;
-  const Src* data = static_cast<const Src*>(g.a.data) + g.a.offset + k0 * g.a.col;
-  const Src* at[kTileRows];
-  for (int64_t i = 0; i < rows; ++i) at[i] = data + g.a.rows.at(row + i);
-  pack_rows<Kind>(dst, at, rows, g.a.col, kc);
-}
-
 // What depends on the operands' dtypes besides the kind of arithmetic.
 template <class Kind>
 struct Packers {
-  void (*pack_a)(const Gemm&, int64_t panel, int64_t k0, int64_t kc, typename Kind::Packed*);
+  // Rows [begin, end) of a, chunk [k0, k0 + kc) -> [end - begin][row_stride].
+  void (*pack_a)(const Gemm&, int64_t begin, int64_t end, int64_t k0, int64_t kc, typename Kind::Packed*);
   void (*pack_b)(const ColumnPanel<Kind>&, typename Kind::Packed*, int64_t part, int64_t end);
-  bool (*few_rows)(const Gemm&, int64_t n0, int64_t n1, const typename Kind::Packed* a);
+  bool (*few_rows)(const Gemm&, int64_t n0, int64_t n1, const RowsOfA<Kind>& a);
   int64_t b_item;
+  bool a_as_it_is, b_as_it_is;  // whether the tile could read the operand's elements
 };
 
-// One task: row panels [p0, p1) x columns [n0, n1). shared_a: the problem's packed a, or null to pack it here.
+inline int64_t near() { return l2_cache_bytes() / 2; }  // bytes for what a task reads again and again
+
+// Whether `rows` rows of so many bytes, `step` bytes apart, stay together in `cache` bytes. A cache's sets repeat after
+// a power of two: rows that are a large power of two apart meet in a part of them.
+inline bool fits(int64_t rows, int64_t bytes, int64_t step, int64_t cache) {
+  return rows * most(bytes, step & -step) <= cache;
+}
+
+// One task: row panels [p0, p1) x columns [n0, n1). shared_a: the problem's rows of a, or null to pack them here.
 template <class Kind>
 inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, int64_t p1, int64_t n0, int64_t n1,
-                     const typename Kind::Packed* shared_a) {
+                     const RowsOfA<Kind>* shared_a) {
   using Acc = typename Kind::Acc;
   using Packed = typename Kind::Packed;
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
   const int64_t m0 = panel_row(g.m, p0), rows = panel_row(g.m, p1) - m0;
   const int64_t chunks = g.k == 0 ? 1 : ceil_div(g.k, Kind::kChunk);
-  const int64_t most_steps = Kind::steps(least(g.k, Kind::kChunk));
+  const int64_t most_k = least(g.k, Kind::kChunk);
   const int64_t width = ceil_div(n1 - n0, Kind::kLanes) * Kind::kLanes;
   const bool in_place = g.out.plain(Kind::kAccType) && g.out.y.rows.even();
   const int64_t y_step = g.out.y.rows.step();
   const bool keep = chunks > 1 && !(in_place && width == n1 - n0);
 
-  Scratch<Packed> b_packed(2 * kWidth * most_steps);
-  Scratch<Packed> a_packed(shared_a == nullptr ? rows * most_steps : 0);
+  const int64_t panel_size = kWidth * Kind::steps(most_k);
+  Scratch<Packed> b_packed(2 * panel_size);
+  Scratch<Packed> a_packed(shared_a == nullptr ? RowsOfA<Kind>::chunk_start(rows, most_k) : 0);
   Scratch<Acc> sums(keep ? rows * width : kTileRows * kWidth);
 
-  // All panels of b, chunk after chunk. While one is multiplied, the next is fetched and packed part by part.
+  // All panels of b, chunk after chunk. While one is multiplied, the next is fetched and packed part by part. Where b's
+  // columns lie side by side it is only fetched: its first row panel packs it on its way, and few row panels read it in
+  // place, if it stays near (a packed line costs about as much as three panels' reading it).
   const int64_t across = ceil_div(n1 - n0, kWidth), total = across * chunks, panels = p1 - p0;
   using Panel = ColumnPanel<Kind>;
   const auto panel_at = [&](int64_t index) {
@@ -81,40 +82,48 @@ inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, in
     return Panel{at,   packers.b_item, g.b_k, g.b_n, least(g.k - k0, Kind::kChunk),
                  cols, ceil_div(cols, Kind::kLanes) * Kind::kLanes};
   };
+  constexpr int64_t kFewPanels = 40;
+  const auto as_it_is = [&](const Panel& panel) { return packers.b_as_it_is && panel.sn == 1 && panel.cols == kWidth; };
+  const bool unpacked = panels <= kFewPanels && fits(most_k, kWidth * packers.b_item, g.b_k * packers.b_item, near());
   Panel next = panel_at(0);
-  packers.pack_b(next, b_packed.data(), 0, Panel::kParts);
-  const Packed* a = nullptr;
+  Packed* b_next = b_packed.data();
+  if (!as_it_is(next)) packers.pack_b(next, b_next, 0, Panel::kParts);
   for (int64_t index = 0; index < total; ++index) {
     const Panel panel = next;
     const int64_t k0 = index / across * Kind::kChunk, j = index % across * kWidth, steps = Kind::steps(panel.kc);
-    const Packed* b_panel = b_packed.data() + index % 2 * kWidth * most_steps;
-    Packed* b_next = b_packed.data() + (index + 1) % 2 * kWidth * most_steps;
     const bool more = index + 1 < total, last = k0 + Kind::kChunk >= g.k;
     if (more) next = panel_at(index + 1);
-    if (j == 0) {
-      if (shared_a == nullptr) {
-        for (int64_t p = p0; p < p1; ++p)
-          packers.pack_a(g, p, k0, panel.kc, a_packed.data() + (panel_row(g.m, p) - m0) * steps);
-      }
-      a = shared_a == nullptr ? a_packed.data() : shared_a + g.m * Kind::steps(k0) + m0 * steps;
-    }
+    const bool ahead = more && !as_it_is(next);
+    Packed* b_panel = b_next;
+    if (ahead) b_next = b_panel == b_packed.data() ? b_packed.data() + panel_size : b_packed.data();
+    if (j == 0 && shared_a == nullptr) packers.pack_a(g, m0, m0 + rows, k0, panel.kc, a_packed.data());
     const Into into = k0 > 0 ? Into::kAdd : Into::kSet;
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t row = panel_row(g.m, p), h = panel_row(g.m, p + 1) - row;
       const int64_t part = (p - p0) * Panel::kParts / panels, part_end = (p - p0 + 1) * Panel::kParts / panels;
       Prefetch prefetch;
       if (more && part_end > part) prefetch = next.prefetch(part, part_end, steps / 4);
-      const Packed* a_panel = a + (row - m0) * steps;
-      const TileFunction<Kind> tile = tile_function<Kind>(h, panel.width);
+      const Packed* a[kTileRows];
+      for (int64_t i = 0; i < h; ++i)
+        a[i] = shared_a == nullptr ? a_packed.data() + (row + i - m0) * RowsOfA<Kind>::row_stride(panel.kc)
+                                   : shared_a->at(row + i, k0, panel.kc);
+      const auto tile = [&](Acc* c, int64_t ldc) {
+        const Packed* source = reinterpret_cast<const Packed*>(panel.src);
+        if (unpacked && as_it_is(panel))
+          tile_function<Kind>(h, kWidth)(steps, a, source, g.b_k, c, ldc, into, &prefetch);
+        else if (p == p0 && as_it_is(panel))
+          packing_tile<Kind>(h)(steps, a, source, g.b_k, b_panel, c, ldc, into, &prefetch);
+        else
+          tile_function<Kind>(h, panel.width)(steps, a, b_panel, panel.width, c, ldc, into, &prefetch);
+      };
       if (in_place && panel.cols == panel.width) {
-        Acc* y = static_cast<Acc*>(g.out.y.data) + g.out.y.offset + row * y_step + n0 + j;
-        tile(steps, a_panel, b_panel, y, y_step, into, &prefetch);
+        tile(static_cast<Acc*>(g.out.y.data) + g.out.y.offset + row * y_step + n0 + j, y_step);
       } else {
         Acc* c = keep ? sums.data() + j * rows + (row - m0) * panel.width : sums.data();
-        tile(steps, a_panel, b_panel, c, panel.width, into, &prefetch);
+        tile(c, panel.width);
         if (last) finish(g.out, c, panel.width, row, h, n0 + j, panel.cols);
       }
-      if (more && part_end > part) packers.pack_b(next, b_next, part, part_end);
+      if (ahead && part_end > part) packers.pack_b(next, b_next, part, part_end);
     }
   }
 }
@@ -123,36 +132,48 @@ template <class Kind>
 inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   using Packed = typename Kind::Packed;
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
-  constexpr int64_t kSerialWork = 1 << 17;              // multiply-adds; below it threads cost more than they bring
-  constexpr int64_t kSerialPacking = 1 << 16;           // packed steps of a; likewise
-  constexpr int64_t kSharedBytes = int64_t{1} << 29;    // above it each task packs its own rows of a
+  constexpr int64_t kSerialWork = 1 << 17;     // multiply-adds; below it threads cost more than they bring
+  constexpr int64_t kSerialPacking = 1 << 16;  // packed steps of a; likewise
   const int64_t count = source.count(), n = source.first.n;
-  const auto packed_of = [&](int64_t i) { return source.m(i) * Kind::steps(source.k(i)); };
-  int64_t work = 0, packed = 0, panels = 0, most_panels = 0;
+  int64_t work = 0, panels = 0, most_panels = 0, most_k = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t m = source.m(i), k = source.k(i);
     work += m * n * most(k, 1);
-    packed += packed_of(i);
     panels += panel_count(m);
     most_panels = most(most_panels, panel_count(m));
+    most_k = most(most_k, k);
   }
   if (n == 0 || panels == 0) return;
   const int64_t threads = work <= kSerialWork ? 1 : num_threads();
+  const bool few = most_panels <= ceil_div(kFewRows, kTileRows);
 
-  // Columns first: they only cost a another pass over packed a; another block of rows packs b again.
-  Blocking block{2 * kWidth, least(most_panels, 340)};
-  const auto tasks = [&](int64_t columns, int64_t rows) { return ceil_div(n, columns) * ceil_div(panels, rows); };
-  if (most_panels <= ceil_div(kFewRows, kTileRows))
+  // A task's rows of one chunk stay in half of L2 while all its columns pass; each block of rows packs b again. Its
+  // columns are limited by its sums, which may have to be kept from chunk to chunk.
+  const int64_t chunk_bytes = most(1, least(most_k, Kind::kChunk)) * static_cast<int64_t>(sizeof(Packed));
+  Blocking block{16 * kWidth, least(most_panels, most(20, least(340, near() / chunk_bytes / kTileRows)))};
+  const auto tasks = [&] { return ceil_div(n, block.columns) * ceil_div(panels, block.panels); };
+  if (few) {
     block.columns = most(kWidth, least(2048, ceil_div(ceil_div(n, 2 * threads), kWidth) * kWidth));
-  else if (tasks(block.columns, block.panels) < 4 * threads) block.columns = kWidth;
-  while (block.panels > 4 && tasks(block.columns, block.panels) < 2 * threads) block.panels = ceil_div(block.panels, 2);
+  } else if (threads > 1) {
+    while (block.columns > 2 * kWidth && tasks() < 4 * threads) block.columns /= 2;
+    while (block.panels > 4 && tasks() < 2 * threads) block.panels = ceil_div(block.panels, 2);
+    if (tasks() < 2 * threads) block.columns = kWidth;
+  }
   const int64_t column_blocks = ceil_div(n, block.columns);
   const auto row_blocks = [&](int64_t i) { return ceil_div(panel_count(source.m(i)), block.panels); };
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += row_blocks(i) * column_blocks;
 
-  const bool few = most_panels <= ceil_div(kFewRows, kTileRows);
-  const bool share = (column_blocks > 1 || few) && packed * static_cast<int64_t>(sizeof(Packed)) <= kSharedBytes;
+  const Matrix& a = source.first.a;
+  const bool in_place =
+      packers.a_as_it_is && a.col == 1 && a.rows.even() &&
+      (few || fits(block.panels * kTileRows, chunk_bytes, a.rows.step() * static_cast<int64_t>(sizeof(Packed)), near()));
+  const auto packed_of = [&](int64_t i) {
+    return in_place ? 0 : RowsOfA<Kind>::chunk_start(source.m(i), source.k(i));
+  };
+  int64_t packed = 0;
+  for (int64_t i = 0; i < count; ++i) packed += packed_of(i);
+  const bool share = few && !in_place;
   Scratch<Packed> shared(share ? packed : 0);
   if (share) {
     const auto pack = [&](int64_t begin, int64_t end) {
@@ -160,18 +181,21 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
       int64_t current = -1;
       Gemm g = source.first;
       for (int64_t part = begin; part < end; ++part) {
-        advance(&cursor, part, [&](int64_t i) { return panel_count(source.m(i)); }, packed_of);
+        advance(&cursor, part, [&](int64_t i) { return ceil_div(source.m(i), kTransposed); }, packed_of);
         if (cursor.problem != current) source.place(current = cursor.problem, &g);
-        const int64_t panel = part - cursor.first, row = panel_row(g.m, panel);
+        const int64_t row = (part - cursor.first) * kTransposed, row_end = least(g.m, row + kTransposed);
         for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
           const int64_t kc = least(g.k - k0, Kind::kChunk);
-          packers.pack_a(g, panel, k0, kc,
-                                   shared.data() + cursor.packed + g.m * Kind::steps(k0) + row * Kind::steps(kc));
+          packers.pack_a(g, row, row_end, k0, kc,
+                         shared.data() + cursor.packed + RowsOfA<Kind>::chunk_start(g.m, k0) +
+                             row * RowsOfA<Kind>::row_stride(kc));
         }
       }
     };
-    if (threads == 1 || packed <= kSerialPacking) pack(0, panels);
-    else parallel_for(0, panels, ceil_div(panels, threads), pack);
+    int64_t parts = 0;
+    for (int64_t i = 0; i < count; ++i) parts += ceil_div(source.m(i), kTransposed);
+    if (threads == 1 || packed <= kSerialPacking) pack(0, parts);
+    else parallel_for(0, parts, ceil_div(parts, threads), pack);
   }
 
   int64_t next = 0;
@@ -186,11 +210,12 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
       if (cursor.problem != current) source.place(current = cursor.problem, &g);
       const int64_t local = part - cursor.first, rows = row_blocks(cursor.problem);
       const int64_t p = panel_count(g.m), block_row = local % rows, column = local / rows;
-      if (share && packers.few_rows(g, column * block.columns, least(n, (column + 1) * block.columns),
-                                    shared.data() + cursor.packed))
-        continue;
-      run_task(packers, g, block_row * p / rows, (block_row + 1) * p / rows, column * block.columns,
-                          least(n, (column + 1) * block.columns), share ? shared.data() + cursor.packed : nullptr);
+      const int64_t n0 = column * block.columns, n1 = least(n, n0 + block.columns);
+      RowsOfA<Kind> rows_of_a{shared.data() + cursor.packed, nullptr, g.m};
+      if (in_place) rows_of_a = {static_cast<const Packed*>(g.a.data) + g.a.offset, &g.a.rows, 0};
+      if ((share || in_place) && packers.few_rows(g, n0, n1, rows_of_a)) continue;
+      run_task(packers, g, block_row * p / rows, (block_row + 1) * p / rows, n0, n1,
+               share || in_place ? &rows_of_a : nullptr);
     }
   };
   if (threads == 1 || total == 1) work_off(0, 1);
@@ -199,13 +224,19 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
 
 template <class Kind, class SrcA, class SrcB>
 inline void run_kind(const GemmList& list) {
+  using Packed = typename Kind::Packed;
   const Packers<Kind> packers{
-      pack_a_panel<Kind, SrcA>,
-      [](const ColumnPanel<Kind>& panel, typename Kind::Packed* dst, int64_t part, int64_t end) {
+      [](const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_t kc, Packed* dst) {
+        const SrcA* data = static_cast<const SrcA*>(g.a.data) + g.a.offset + k0 * g.a.col;
+        pack_rows<Kind>(dst, data, g.a.rows, begin, end, g.a.col, kc);
+      },
+      [](const ColumnPanel<Kind>& panel, Packed* dst, int64_t part, int64_t end) {
         panel.template pack<SrcB>(dst, part, end);
       },
       few_rows<Kind, SrcB>,
       static_cast<int64_t>(sizeof(SrcB)),
+      std::is_same_v<SrcA, Packed>,
+      std::is_same_v<SrcB, Packed>,
   };
   run_list<Kind>(list, packers);
 }

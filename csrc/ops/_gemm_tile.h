@@ -1,4 +1,4 @@
-// The register tile of matrix products: acc [kRows][kVecs vectors] += a [step][kRows] x b [step][kVecs vectors].
+// The register tile of matrix products: acc [kRows][kVecs vectors] += a [kRows][step] x b [step][kVecs vectors].
 //
 // A step is one k, or a pair of them with vdpbf16ps. With 32 registers the tile is 6 x 4 vectors: 24 accumulators, 4
 // vectors of b, one broadcast of a; each load of b serves 6 products and each broadcast 4, so the products set the
@@ -71,6 +71,7 @@ struct FloatKind {
   static ISOTILE_INLINE void store(Operand v, Packed* p) { v.store(p); }
 #if defined(__AVX512F__)
   static ISOTILE_INLINE Operand from_float(__m512 v) { return {v}; }
+  static ISOTILE_INLINE auto raw(Operand v) { return v.v; }
 #endif
 };
 
@@ -110,15 +111,23 @@ struct PairKind {
   }
   static ISOTILE_INLINE void store(Operand v, Packed* p) { _mm512_storeu_si512(p, v); }
   static ISOTILE_INLINE Operand from_float(__m512 v) { return _mm512_castps_si512(v); }
+  static ISOTILE_INLINE __m512 raw(Operand v) { return _mm512_castsi512_ps(v); }
 };
 #endif
 
-// acc [kRows, kVecs vectors] += a [step][kRows] x b [step][kVecs vectors], step after step.
+// acc [kRows, kVecs vectors] += a [kRows][step] x b [step][kVecs vectors], step after step.
 template <class Kind, int kRows, int kVecs>
 struct Tile {
   using V = Vec<typename Kind::Acc>;
   V acc[kRows][kVecs];
 
+  // The lines of c, which the sums go to when they are done.
+  static ISOTILE_INLINE void fetch(const typename Kind::Acc* c, int64_t ldc) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c + i * ldc + v * Kind::kLanes, 1, 3);
+  }
   ISOTILE_INLINE void clear() {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
@@ -131,15 +140,24 @@ struct Tile {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[i][v] = V::load(c + i * ldc + v * Kind::kLanes);
   }
-  ISOTILE_INLINE void step(const typename Kind::Packed* a, const typename Kind::Packed* b) {
-    typename Kind::Operand bv[kVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) bv[v] = Kind::load(b + v * Kind::kLanes);
+  // Step s of the rows of a; b: its vectors.
+  ISOTILE_INLINE void step(const typename Kind::Packed* const (&a)[kRows], int64_t s,
+                           const typename Kind::Operand (&b)[kVecs]) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const typename Kind::Operand av = Kind::broadcast(a + i);
+      const typename Kind::Operand av = Kind::broadcast(a[i] + s);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = Kind::multiply_add(av, bv[v], acc[i][v]);
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = Kind::multiply_add(av, b[v], acc[i][v]);
+    }
+  }
+  ISOTILE_INLINE void store(typename Kind::Acc* c, int64_t ldc, bool add) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        typename Kind::Acc* at = c + i * ldc + v * Kind::kLanes;
+        (add ? V::load(at) + acc[i][v] : acc[i][v]).store(at);
+      }
     }
   }
 };
@@ -147,42 +165,73 @@ struct Tile {
 // What becomes of c: the sum over the steps, c plus that sum, or c with the steps' products added one after another.
 enum class Into { kSet, kAdd, kContinue };
 
-// c [kRows, kVecs vectors], row stride ldc. prefetch fetches what comes next.
+// c [kRows, kVecs vectors], row stride ldc. a: where each row's steps start; b: the first step, the others `b_step`
+// elements apart. prefetch fetches what comes next.
 template <class Kind, int kRows, int kVecs>
-__attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Packed* a, const typename Kind::Packed* b,
-                                         typename Kind::Acc* c, int64_t ldc, Into into, Prefetch* prefetch) {
-  using V = Vec<typename Kind::Acc>;
-  constexpr int kWidth = kVecs * Kind::kLanes;
+__attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Packed* const* a,
+                                         const typename Kind::Packed* b, int64_t b_step, typename Kind::Acc* c,
+                                         int64_t ldc, Into into, Prefetch* prefetch) {
   Tile<Kind, kRows, kVecs> tile;
-  if (into == Into::kContinue) tile.load(c, ldc);
-  else tile.clear();
+  if (into == Into::kContinue) {
+    tile.load(c, ldc);
+  } else {
+    tile.clear();
+    tile.fetch(c, ldc);
+  }
+  const typename Kind::Packed* row[kRows];
+  for (int i = 0; i < kRows; ++i) row[i] = a[i];
+  const auto step = [&](int64_t s) __attribute__((always_inline)) {
+    typename Kind::Operand bv[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) bv[v] = Kind::load(b + v * Kind::kLanes);
+    tile.step(row, s, bv);
+    b += b_step;
+  };
   int64_t s = 0;
-  for (; s + 4 <= steps; s += 4) {
-    prefetch->next();
+  if (prefetch->rows_left > 0) {
+    for (; s + 4 <= steps; s += 4) {
+      prefetch->next();
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) {
-      tile.step(a, b);
-      a += kRows;
-      b += kWidth;
+      for (int u = 0; u < 4; ++u) step(s + u);
     }
   }
-  for (; s < steps; ++s) {
-    tile.step(a, b);
-    a += kRows;
-    b += kWidth;
+  for (; s + 4 <= steps; s += 4) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) step(s + u);
   }
+  for (; s < steps; ++s) step(s);
+  tile.store(c, ldc, into == Into::kAdd);
+}
+
+// The same, and on the way b is packed for the tiles that follow.
+template <class Kind, int kRows>
+__attribute__((noinline)) void gemm_tile_packing(int64_t steps, const typename Kind::Packed* const* a,
+                                                 const typename Kind::Packed* b, int64_t b_step,
+                                                 typename Kind::Packed* packed, typename Kind::Acc* c, int64_t ldc,
+                                                 Into into, Prefetch* prefetch) {
+  constexpr int64_t kAhead = 8;  // steps to fetch ahead: enough from L2 to L1, and some way from further off
+  Tile<Kind, kRows, kRegisterVecs> tile;
+  tile.clear();
+  tile.fetch(c, ldc);
+  const typename Kind::Packed* row[kRows];
+  for (int i = 0; i < kRows; ++i) row[i] = a[i];
+  for (int64_t s = 0; s < steps; ++s, b += b_step, packed += kRegisterVecs * Kind::kLanes) {
+    if (s % 4 == 0) prefetch->next();
+    typename Kind::Operand bv[kRegisterVecs];
+    const int64_t ahead = s + kAhead < steps ? kAhead * b_step : 0;
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      typename Kind::Acc* at = c + i * ldc + v * Kind::kLanes;
-      (into == Into::kAdd ? V::load(at) + tile.acc[i][v] : tile.acc[i][v]).store(at);
+    for (int v = 0; v < kRegisterVecs; ++v) {
+      __builtin_prefetch(b + v * Kind::kLanes + ahead, 0, 3);
+      bv[v] = Kind::load(b + v * Kind::kLanes);
+      Kind::store(bv[v], packed + v * Kind::kLanes);
     }
+    tile.step(row, s, bv);
   }
+  tile.store(c, ldc, into == Into::kAdd);
 }
 
 template <class Kind>
-using TileFunction = void (*)(int64_t, const typename Kind::Packed*, const typename Kind::Packed*,
+using TileFunction = void (*)(int64_t, const typename Kind::Packed* const*, const typename Kind::Packed*, int64_t,
                               typename Kind::Acc*, int64_t, Into, Prefetch*);
 
 template <class Kind, int kVecs>
@@ -204,6 +253,22 @@ inline TileFunction<Kind> tile_function(int64_t rows, int64_t width) {
     case 2: return tile_with_rows<Kind, 2>(rows);
     case 3: return tile_with_rows<Kind, kRegisterVecs < 3 ? kRegisterVecs : 3>(rows);
     default: return tile_with_rows<Kind, kRegisterVecs>(rows);
+  }
+}
+
+template <class Kind>
+using PackingTile = void (*)(int64_t, const typename Kind::Packed* const*, const typename Kind::Packed*, int64_t,
+                             typename Kind::Packed*, typename Kind::Acc*, int64_t, Into, Prefetch*);
+
+template <class Kind>
+inline PackingTile<Kind> packing_tile(int64_t rows) {
+  switch (rows) {
+    case 1: return gemm_tile_packing<Kind, 1>;
+    case 2: return gemm_tile_packing<Kind, 2>;
+    case 3: return gemm_tile_packing<Kind, 3>;
+    case 4: return gemm_tile_packing<Kind, 4>;
+    case 5: return gemm_tile_packing<Kind, 5>;
+    default: return gemm_tile_packing<Kind, 6>;
   }
 }
 

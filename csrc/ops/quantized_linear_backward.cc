@@ -100,18 +100,15 @@ inline void by_blocks(const Problem& p) {
   using Kind = FloatKind<T>;
   constexpr int64_t kRows = 128;  // of the weight, dequantised together: 256 KB of float32 in L2
   constexpr int64_t kTaskRows = 504;
-  const int64_t m = p.m, n = p.w.n, k = p.w.k, panels = ceil_div(m, kTileRows);
-  const auto first_row = [&](int64_t panel) { return panel * m / panels; };
-  Scratch<T> grad(m * n);  // [panel][n][rows]
+  const int64_t m = p.m, n = p.w.n, k = p.w.k, panels = panel_count(m);
+  const auto first_row = [&](int64_t panel) { return panel_row(m, panel); };
+  const int64_t grad_row = RowsOfA<Kind>::row_stride(n);
+  Scratch<T> grad(m * grad_row);
   dispatch_float(p.grad.dtype, [&](auto type) {
     using G = typename decltype(type)::type;
-    parallel_for(0, panels, most(1, 65536 / (kTileRows * most(1, n))), [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t row = first_row(panel), rows = first_row(panel + 1) - row;
-        const G* at[kTileRows];
-        for (int64_t i = 0; i < rows; ++i) at[i] = static_cast<const G*>(p.grad.data) + p.grad.rows.at(row + i);
-        pack_rows<Kind>(grad.data() + row * n, at, rows, p.grad.col, n);
-      }
+    parallel_for(0, m, most(kTransposed, 65536 / most(1, n)), [&](int64_t begin, int64_t end) {
+      pack_rows<Kind>(grad.data() + begin * grad_row, static_cast<const G*>(p.grad.data), p.grad.rows, begin, end,
+                      p.grad.col, n);
     });
   });
   const int64_t pieces = ceil_div(k, kPieceColumns), threads = m * n * k <= (1 << 17) ? 1 : num_threads();
@@ -123,6 +120,7 @@ inline void by_blocks(const Problem& p) {
     const int64_t piece0 = task % strips * strip, piece1 = least(pieces, piece0 + strip);
     const int64_t panel0 = task / strips * panels / blocks, panel1 = (task / strips + 1) * panels / blocks;
     const int64_t row0 = first_row(panel0), rows = first_row(panel1) - row0;
+    const int64_t k0 = piece0 * kPieceColumns, columns = least(k, piece1 * kPieceColumns) - k0;
     const int64_t ldc = (piece1 - piece0) * kPieceColumns;
     Scratch<T> c(rows * ldc), block(kRows * ldc);
     RowReader<T> reader(p.w);
@@ -132,17 +130,18 @@ inline void by_blocks(const Problem& p) {
     for (int64_t j0 = 0; j0 < n; j0 += kRows) {
       const int64_t steps = least(kRows, n - j0);
       dequantize_block<Kind>(&reader, j0, steps, piece0, piece1, block.data());
-      for (int64_t i = 0; i < ldc; i += kWidth<Kind>) {
+      for (int64_t i = 0; i < columns; i += kWidth<Kind>) {
         for (int64_t panel = panel0; panel < panel1; ++panel) {
           const int64_t row = first_row(panel), count = first_row(panel + 1) - row;
-          tile_function<Kind>(count, kWidth<Kind>)(steps, grad.data() + row * n + j0 * count, block.data() + i * steps,
+          const T* a[kTileRows];
+          for (int64_t r = 0; r < count; ++r) a[r] = grad.data() + (row + r) * grad_row + j0;
+          tile_function<Kind>(count, kWidth<Kind>)(steps, a, block.data() + i * steps, kWidth<Kind>,
                                                    c.data() + (row - row0) * ldc + i, ldc,
                                                    j0 == 0 ? Into::kSet : Into::kContinue, &prefetch);
         }
       }
     }
-    const int64_t k0 = piece0 * kPieceColumns;
-    finish(p.out, c.data(), ldc, row0, rows, k0, least(k, piece1 * kPieceColumns) - k0);
+    finish(p.out, c.data(), ldc, row0, rows, k0, columns);
   };
   if (threads == 1) {
     for (int64_t task = 0; task < strips * blocks; ++task) work(task);
