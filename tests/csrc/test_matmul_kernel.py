@@ -232,6 +232,8 @@ IN_PLACE = [  # m, k, n: at what size b is no longer read in place, and every wi
     *((m, 256, n) for m in (16, 17) for n in (127, 128, 129)),
     *((m, 512, n) for m in (1, 16, 17) for n in (511, 512, 513)),
     *((m, 5, n) for m in (1, 2, 3, 5, 6, 7, 13) for n in range(1, 70)),
+    *((m, k, n) for m in (100, 250) for k, n in ((512, 64), (513, 130), (1030, 200))),  # b in place, or on its way
+    (2100, 520, 64),  # more than one block of rows
 ]
 
 
@@ -239,19 +241,21 @@ IN_PLACE = [  # m, k, n: at what size b is no longer read in place, and every wi
 def test_products_read_in_place_have_the_bits_of_packed_ones(isa):
     """b by columns is packed, b by rows only if it is large. Before each of its rows lies NaN, after the last no page.
 
-    Likewise after each row of a result: NaN, which stays there.
+    Likewise after each row of a result: NaN, which stays there. Rows of a are packed if they lie across, or so far
+    apart that they would meet in a cache.
     """
     g = torch.Generator().manual_seed(10)
     for m, k, n in IN_PLACE:
         a, b = draw((m, k), torch.float32, "rows", g), draw((k, n), torch.float32, "columns", g)
         wide = torch.full((k, n + 3), float("nan"))
         wide[:, 3:] = b
+        far = torch.full((m, 1 << 14), float("nan"))[:, :k].copy_(a)
         apart = at_the_end_of_memory(wide)[:, 3:] if k > 0 else wide[:, 3:]
         bias, residual = draw((n,), torch.float32, "rows", g), draw((m, n), torch.float32, "gaps", g)
         for extra in ((None, None), (bias, residual)):
             packed = torch.empty(m, n)
             run(isa, "matmul", [a, b, *extra, packed, None], [0])
-            for left, right in ((a, apart), (a.mT.contiguous().mT, apart), (a, apart.clone())):
+            for left, right in ((a, apart), (a.mT.contiguous().mT, apart), (a, apart.clone()), (far, apart)):
                 y, check = guarded((m, n + 3), torch.float32)
                 run(isa, "matmul", [left, right, *extra, y[:, :n], None], [0])
                 assert torch.equal(y[:, :n], packed), (m, k, n)
