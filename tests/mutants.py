@@ -199,7 +199,7 @@ KERNELS = [
         "last = k0 + Kind::kChunk >= g.k;",
         "last = k0 + Kind::kChunk > g.k;",
         "wrong only where k is a multiple of the chunk",
-        large("matmul_k_512"),
+        large("matmul_k_768"),
         ("matmul",),
     ),
     Mutant(

@@ -87,10 +87,10 @@ CASES = {
     "layer_norm_backward": norm("layer_norm_backward"),
     "layer_norm_backward_stepped": norm("layer_norm_backward", layouts={"grad": "stepped"}),
     "rms_norm_backward": norm("rms_norm_backward", leave=("grad_sum",)),
-    **{f"matmul_k_{k}": recipe("matmul", sizes={**PRODUCT, "k": k}) for k in (511, 512, 513, 1024, 1537)},
+    **{f"matmul_k_{k}": recipe("matmul", sizes={**PRODUCT, "k": k}) for k in (512, 767, 768, 769, 1536, 1537)},
     **{
         f"matmul_few_rows_k_{k}": recipe("matmul", sizes={"m": 3, "n": 131, "k": k}, leave=("residual",))
-        for k in (512, 1024, 1100)
+        for k in (768, 1024, 1600)
     },
     "matmul_batch": recipe("matmul", [7], {"a": "transposed"}, sizes={"m": 65, "n": 70, "k": 129}, activation="gelu"),
     "matmul_stepped_epilogue": recipe(

@@ -152,15 +152,20 @@ constexpr int64_t kTransposed = 16;  // rows and steps
 constexpr int64_t kTransposed = 4;
 #endif
 
-// kTransposed rows at src, src + 1, ... by kTransposed whole steps, `col` apart -> dst [kTransposed][ld].
+// kTransposed rows at src, src + 1, ... by kTransposed whole steps, `col` apart -> dst [kTransposed][ld]. ahead: how
+// many elements further to fetch from.
 template <class Kind, class Src>
-ISOTILE_INLINE void pack_transposed_rows(typename Kind::Packed* dst, int64_t ld, const Src* src, int64_t col) {
+ISOTILE_INLINE void pack_transposed_rows(typename Kind::Packed* dst, int64_t ld, const Src* src, int64_t col,
+                                         [[maybe_unused]] int64_t ahead) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(typename Kind::Packed) == 4) {
     __m512 block[16];
 #pragma GCC unroll 16
-    for (int64_t s = 0; s < 16; ++s)
-      block[s] = Kind::raw(Kind::template lanes<true>(src + s * Kind::kPerStep * col, col, Kind::kPerStep, 0));
+    for (int64_t s = 0; s < 16; ++s) {
+      const Src* from = src + s * Kind::kPerStep * col;
+      __builtin_prefetch(from + ahead);
+      block[s] = Kind::raw(Kind::template lanes<true>(from, col, Kind::kPerStep, 0));
+    }
     transpose_16x16(block);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(reinterpret_cast<float*>(dst + i * ld), block[i]);
@@ -188,8 +193,10 @@ inline void pack_rows(typename Kind::Packed* dst, const Src* src, const IndexMap
     for (; row + kTransposed <= end; row += kTransposed) {
       typename Kind::Packed* to = dst + (row - begin) * ld;
       int64_t s = 0;
-      for (; s + kTransposed <= whole; s += kTransposed)
-        pack_transposed_rows<Kind>(to + s, ld, src + rows.at(row) + s * kPer * col, col);
+      for (; s + kTransposed <= whole; s += kTransposed) {
+        const int64_t ahead = s + 3 * kTransposed <= whole ? 2 * kTransposed * kPer * col : 0;
+        pack_transposed_rows<Kind>(to + s, ld, src + rows.at(row) + s * kPer * col, col, ahead);
+      }
       for (int64_t i = 0; i < kTransposed; ++i) pack(row + i, s, Kind::steps(kc));
     }
   }

@@ -42,8 +42,6 @@ struct Packers {
   bool a_as_it_is, b_as_it_is;  // whether the tile could read the operand's elements
 };
 
-inline int64_t near() { return l2_cache_bytes() / 2; }  // bytes for what a task reads again and again
-
 // Whether `rows` rows of so many bytes, `step` bytes apart, stay together in `cache` bytes. A cache's sets repeat after
 // a power of two: rows that are a large power of two apart meet in a part of them.
 inline bool fits(int64_t rows, int64_t bytes, int64_t step, int64_t cache) {
@@ -84,7 +82,7 @@ inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, in
   };
   constexpr int64_t kFewPanels = 40;
   const auto as_it_is = [&](const Panel& panel) { return packers.b_as_it_is && panel.sn == 1 && panel.cols == kWidth; };
-  const bool unpacked = panels <= kFewPanels && fits(most_k, kWidth * packers.b_item, g.b_k * packers.b_item, near());
+  const bool unpacked = panels <= kFewPanels && fits(most_k, kWidth * packers.b_item, g.b_k * packers.b_item, l2_cache_bytes() / 2);
   Panel next = panel_at(0);
   Packed* b_next = b_packed.data();
   if (!as_it_is(next)) packers.pack_b(next, b_next, 0, Panel::kParts);
@@ -147,10 +145,12 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   const int64_t threads = work <= kSerialWork ? 1 : num_threads();
   const bool few = most_panels <= ceil_div(kFewRows, kTileRows);
 
-  // A task's rows of one chunk stay in half of L2 while all its columns pass; each block of rows packs b again. Its
-  // columns are limited by its sums, which may have to be kept from chunk to chunk.
+  // A task's rows of one chunk stay in L2 while all its columns pass; each block of rows packs b again. Where sums are
+  // kept from chunk to chunk, they limit the columns.
+  const int64_t near = l2_cache_bytes() / 4 * 3;
   const int64_t chunk_bytes = most(1, least(most_k, Kind::kChunk)) * static_cast<int64_t>(sizeof(Packed));
-  Blocking block{16 * kWidth, least(most_panels, most(20, least(340, near() / chunk_bytes / kTileRows)))};
+  const int64_t most_columns = (source.first.out.plain(Kind::kAccType) ? 64 : 16) * kWidth;
+  Blocking block{most_columns, least(most_panels, most(20, least(340, near / chunk_bytes / kTileRows)))};
   const auto tasks = [&] { return ceil_div(n, block.columns) * ceil_div(panels, block.panels); };
   if (few) {
     block.columns = most(kWidth, least(2048, ceil_div(ceil_div(n, 2 * threads), kWidth) * kWidth));
@@ -167,7 +167,7 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   const Matrix& a = source.first.a;
   const bool in_place =
       packers.a_as_it_is && a.col == 1 && a.rows.even() &&
-      (few || fits(block.panels * kTileRows, chunk_bytes, a.rows.step() * static_cast<int64_t>(sizeof(Packed)), near()));
+      (few || fits(block.panels * kTileRows, chunk_bytes, a.rows.step() * static_cast<int64_t>(sizeof(Packed)), near));
   const auto packed_of = [&](int64_t i) {
     return in_place ? 0 : RowsOfA<Kind>::chunk_start(source.m(i), source.k(i));
   };

@@ -45,7 +45,7 @@ struct FloatKind {
   using Operand = Vec<T>;
   static constexpr DType kAccType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
   static constexpr int kLanes = Vec<T>::kLanes;
-  static constexpr int64_t kChunk = 512;
+  static constexpr int64_t kChunk = 768;
   static constexpr int64_t kPerStep = 1;
   static ISOTILE_INLINE int64_t steps(int64_t k) { return k; }
   static ISOTILE_INLINE Operand zero() { return Vec<T>::zero(); }

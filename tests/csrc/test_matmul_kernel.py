@@ -228,12 +228,12 @@ def test_nothing_beyond_the_last_element_is_read(isa, dtype):
 
 
 IN_PLACE = [  # m, k, n: at what size b is no longer read in place, and every width of the last vectors
-    *((m, k, n) for m in (1, 4, 16, 17) for k in (0, 1, 511, 512, 513, 520, 1024) for n in (17, 63, 64, 65)),
+    *((m, k, n) for m in (1, 4, 16, 17) for k in (0, 1, 767, 768, 769, 776, 1536) for n in (17, 63, 64, 65)),
     *((m, 256, n) for m in (16, 17) for n in (127, 128, 129)),
     *((m, 512, n) for m in (1, 16, 17) for n in (511, 512, 513)),
     *((m, 5, n) for m in (1, 2, 3, 5, 6, 7, 13) for n in range(1, 70)),
-    *((m, k, n) for m in (100, 250) for k, n in ((512, 64), (513, 130), (1030, 200))),  # b in place, or on its way
-    (2100, 520, 64),  # more than one block of rows
+    *((m, k, n) for m in (100, 250) for k, n in ((768, 64), (769, 130), (1540, 200))),  # b in place, or on its way
+    (2100, 776, 64),  # more than one block of rows
 ]
 
 
