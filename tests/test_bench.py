@@ -383,6 +383,16 @@ def test_without_memory_for_the_truth_pytorch_stands_in(tmp_path, plant, monkeyp
     assert {r["status"] for r in rows if r["ours"]} == {"wrong"}
 
 
+def test_nothing_stands_in_for_the_truth_of_quantised_products(tmp_path, monkeypatch):
+    """PyTorch's product of the same codes rounds neither activations nor weights: right kernels would be called wrong."""
+    words = ("quantized_linear", "--cases", "tiny", "--backends", "reference", "--against", "none", *QUICK)
+    monkeypatch.setattr("isotile.bench.agreement.available_bytes", lambda: 0)
+    code, _, rows, _ = run(tmp_path, *words)
+    assert code == 1
+    assert {r["status"] for r in rows} == {"error"}
+    assert all("does not fit into memory" in r["reason"] for r in rows)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

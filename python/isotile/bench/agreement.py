@@ -56,10 +56,14 @@ class Judge:
         self.workload, self.inputs, self.spec = workload, inputs, workload.spec
         self.values = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in inputs.call.values.items()}
         self.overload = inputs.overload()
-        work = inputs.flops() * (3.5 if workload.direction == "backward" else 1.0)
-        # A float64 reference holds some eight intermediates; attention's has one for every 2 (d + dv) operations, and
-        # no operator has more: a quarter of a byte for each operation.
-        self.affordable = work / 4 <= available_bytes() / 2
+        passes = 3.5 if workload.direction == "backward" else 1.0
+        # A float64 reference holds some eight intermediates as large as operands and results (two weights of four bits
+        # are one element); attention's also one for every 2 (d + dv) operations: a quarter of a byte for each.
+        elements = sum(t.numel() * (2 if n == "packed" else 1) for n, t in inputs.tensors().items())
+        held = 64 * (elements + inputs.results_bytes() / workload.dtype.itemsize)
+        if self.spec.name.startswith("attention"):
+            held += inputs.flops() / 4
+        self.affordable = held * passes <= available_bytes() / 2
 
     @property
     def against(self) -> str:
@@ -81,6 +85,8 @@ class Judge:
         of about sqrt(k) times a product's size, so the sum of magnitudes is about sqrt(k) times the result's rms;
         both sides may err by growth(k) units of it.
         """
+        if "scheme" in self.values:  # PyTorch in float32 rounds neither activations nor dequantised weights
+            raise Disagreement("the float64 truth does not fit into memory here, and nothing else rounds as it does")
         wide = {n: v.float() if _is_float(v) else v for n, v in self.values.items()}
         expression = rivals.torch_expression(self.spec.name, wide)
         if isinstance(expression, str):
