@@ -238,6 +238,15 @@ def test_out_is_filled_in_place():
     torch.testing.assert_close(s, 2 * x)
 
 
+def test_autograd_notices_that_out_was_written():
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, 4)
+    y = isotile.matmul(x, w)
+    with torch.no_grad():
+        isotile.softmax(torch.randn(8, 4), out=w)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_negative_and_lazy_views_are_handled():
     x = torch.view_as_complex(torch.randn(4, 8, 2)).conj().imag  # negation is pending on this view
     assert x.is_neg()

@@ -96,6 +96,8 @@ class Operator:
         given = list(outs or ())  # the first results; the rest, such as attention's lse, are allocated
         filled = [None if spec is None else given.pop(0) if given else spec.empty() for spec in plan.outs]
         plan.run(*[values[i] for i in self.tensor_positions], *filled)
+        if outs is not None:
+            torch.autograd.graph.increment_version(outs)  # the kernels write past PyTorch
         nothing = values[self.tensor_positions[0]].new_empty
         return tuple(nothing(0) if (f := filled[i]) is None else f for i in self.result_positions[overload])
 
