@@ -6,31 +6,155 @@ are PyTorch's own. What isotile fuses is an argument: an activation of `Linear`,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
+from typing import Any
+
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import isotile
 
+from . import fast_path
+from .fast_path import PLAIN
+from .state import CURRENT
+
 __all__ = ["LayerNorm", "Linear", "QuantizedLinear", "RMSNorm", "Softmax"]
+
+_PACKED_DTYPES = (torch.float32, torch.float64)
 
 
 class Linear(torch.nn.Linear):
     """activation(x @ weight.T + bias) + residual, see `isotile.linear`.
 
+    With `constant_weight` the layer keeps a second copy of the weight, laid out as the CPU kernels read it, instead of
+    transposing the weight at every call. The price is that copy's memory: as much again as the weight, in every layer.
+    It is made at the first call that uses it, and has no part in `state_dict`, in buffers, in pickles and in deep
+    copies. With the kernels of the cpu backend the result has the same bits.
+
+    The copy is used where all of this holds; every other call uses the weight itself:
+
+    * x and the weight are plain tensors, and the weight is on the CPU in float32 or float64, but neither an inference
+      tensor (it has no version counter) nor in memory shared with other processes;
+    * the weight needs no gradient: the call is under `torch.no_grad()` or `torch.inference_mode()`, or the weight is
+      frozen and has no forward-mode tangent;
+    * nothing is traced or transformed: no torch.compile, torch.export or torch.jit.trace, no FakeTensor or other mode,
+      no torch.func transform, no autocast;
+    * no backend but "cpu" is chosen.
+
+    A changed weight is copied anew: "constant" is a hint for speed. Operations in place, `out=`, optimizers' steps,
+    `load_state_dict`, `.to` and another parameter are all noticed. Unnoticed, as in autograd, are only writes that
+    PyTorch's version counter does not see: through `weight.data` (`layer.weight.data.add_(1)`), through NumPy, or by
+    foreign kernels. After one of those set `layer.constant_weight = True` again, which drops the copy.
+
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
         activation: None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh".
+        constant_weight: whether to keep the copy; also an attribute that can be set at any time.
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, activation=None):
+    _constant_weight = False  # of a layer unpickled from before there was one
+    _packed: _PackedWeight | None = None
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        activation=None,
+        constant_weight: bool = False,
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
+        self.constant_weight = constant_weight
+
+    @property
+    def constant_weight(self) -> bool:
+        """Whether the layer keeps a copy of its weight for the CPU. Setting it drops the copy that there is."""
+        return self._constant_weight
+
+    @constant_weight.setter
+    def constant_weight(self, value: bool) -> None:
+        self._constant_weight = bool(value)
+        self._packed = None
 
     def forward(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: [..., in_features]; residual: [..., out_features] or None. Returns [..., out_features]."""
-        return isotile.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+        weight = self.weight
+        if self._constant_weight and not torch.compiler.is_compiling():
+            weight = self._packed_or_plain(x, weight)
+        return isotile.linear(x, weight, self.bias, activation=self.activation, residual=residual)
+
+    def _packed_or_plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if (
+            type(x) not in PLAIN
+            or (weight.requires_grad and torch.is_grad_enabled())
+            or CURRENT.get().backend not in (None, "cpu")
+            or (signature := fast_path.signature(weight)) is None  # a mode is in force, or the weight is not plain
+            or weight.is_inference()
+        ):
+            return weight
+        # Read before the copy is made: a write meanwhile makes it a stale one, never one that is taken for fresh.
+        state = (weight.data_ptr(), weight._version, _latest_step, signature)
+        packed = self._packed
+        if packed is not None and packed.weight is weight and packed.state == state:
+            return packed.matrix
+        if packed is not None:
+            self._packed = packed = None  # of an earlier weight, and freed before the next copy takes memory
+        if (
+            not weight.is_cpu
+            or weight.dtype not in _PACKED_DTYPES
+            or weight.is_shared()
+            or torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
+        ):
+            return weight
+        _watch_optimizers()
+        packed = self._packed = _PackedWeight(weight, state)  # at once, as other threads may be here too
+        return packed.matrix
+
+    def _apply(self, fn, recurse=True):
+        self._packed = None  # whatever moves the weight leaves no copy of the old one behind
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+        shown = super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+        return shown + (", constant_weight=True" if self._constant_weight else "")
+
+
+class _PackedWeight:
+    """A column-major copy of a weight, and the state of the weight that it was made from.
+
+    Address and version say nothing once the weight is gone: the next one may have both. So the weight is kept, and its
+    storage too, which an assignment to `weight.data` would free.
+    """
+
+    __slots__ = ("matrix", "state", "storage", "weight")
+
+    def __init__(self, weight: torch.Tensor, state: Hashable) -> None:
+        self.weight, self.storage, self.state = weight, weight.untyped_storage(), state
+        with torch.inference_mode(False), torch.no_grad():  # a normal tensor: autograd may save it later
+            self.matrix = weight.detach().t().contiguous().t()
+
+    def __reduce__(self):
+        return type(None), ()  # pickled and deep copied as None
+
+
+#: Another object after every optimizer's step: fused ones write weights and leave the version counters as they are.
+_latest_step = object()
+
+
+def _stepped(*_: Any) -> None:
+    global _latest_step
+    _latest_step = object()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_stepped)  # before too: a step that is interrupted has written some weights
+    register_optimizer_step_post_hook(_stepped)
 
 
 class QuantizedLinear(torch.nn.Module):
