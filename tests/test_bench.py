@@ -384,7 +384,7 @@ def test_without_memory_for_the_truth_pytorch_stands_in(tmp_path, plant, monkeyp
 
 
 def test_nothing_stands_in_for_the_truth_of_quantised_products(tmp_path, monkeypatch):
-    """PyTorch's product of the same codes rounds neither activations nor weights: right kernels would be called wrong."""
+    """PyTorch rounds neither activations nor weights when it multiplies the same codes: its result is not ours."""
     words = ("quantized_linear", "--cases", "tiny", "--backends", "reference", "--against", "none", *QUICK)
     monkeypatch.setattr("isotile.bench.agreement.available_bytes", lambda: 0)
     code, _, rows, _ = run(tmp_path, *words)

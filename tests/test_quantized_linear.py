@@ -226,6 +226,23 @@ def test_a_change_of_dtype_leaves_the_weight_alone():
         assert layer.to("meta").weight.packed.device.type == "meta"
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_update_in_place_is_noticed(scheme):
+    """Nothing derived of a weight is kept between calls."""
+    torch.manual_seed(0)
+    module, other = (isotile.nn.QuantizedLinear.from_linear(torch.nn.Linear(128, 16), scheme) for _ in range(2))
+    x = randn(3, 128)
+    before = module(x)
+    for mine, theirs in zip(module.weight.buffers(), other.weight.buffers(), strict=True):
+        mine.copy_(theirs)
+    with torch.no_grad():
+        module.bias.copy_(other.bias)
+    assert torch.equal(module(x), other(x)) and not torch.equal(module(x), before)
+    module.weight.packed.data.zero_()  # counts no version
+    other.weight.packed.zero_()
+    assert torch.equal(module(x), other(x))
+
+
 def test_a_model_is_quantised_trained_and_compiled():
     model = torch.nn.Sequential(torch.nn.Linear(40, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8), torch.nn.Linear(8, 3))
     x = randn(5, 40).requires_grad_()
