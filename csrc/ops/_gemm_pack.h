@@ -15,7 +15,8 @@ inline int64_t panel_count(int64_t m) { return ceil_div(m, kTileRows); }
 inline int64_t panel_row(int64_t m, int64_t panel) { return panel * m / panel_count(m); }
 
 // Transposes of 4 steps x 8 columns, for b whose steps lie next to each other. On x86 with 256-bit registers: these
-// shuffles go twice as fast as 512-bit ones, and half of the work is done by the loads.
+// shuffles go twice as fast as 512-bit ones, and half of the work is done by the loads. Where whole panels are packed,
+// 512-bit blocks of 16 x 16 are still ahead: they read and write whole lines.
 template <class Kind, class Src>
 constexpr bool transposes_quads() {
 #if defined(__AVX2__)
@@ -103,10 +104,23 @@ inline int64_t pack_transposed(Packed* dst, const Src* src, int64_t stride, int6
     return 0;
   } else {
     const int64_t whole = steps / 4 * 4;
+    int64_t blocks = 0;
+#if defined(__AVX512F__)
+    blocks = steps / 16 * 16;
+    for (int64_t j = j0; j < j1; j += 16) {
+      const int64_t last = j + 16 <= cols ? 15 : cols - 1 - j;
+      float* to = reinterpret_cast<float*>(dst + j);
+      for (int64_t s = 0; s < blocks; s += 16) {
+        const Block16 block = transpose_block<Kind>(src + j * stride + s * Kind::kPerStep, stride, last, 0);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + (s + i) * width, block.step[i]);
+      }
+    }
+#endif
     for (int64_t j = j0; j < j1; j += 8) {
       const Src* p = src + j * stride;
       float* to = reinterpret_cast<float*>(dst + j);
-      for (int64_t s = 0; s < whole; s += 4) {
+      for (int64_t s = blocks; s < whole; s += 4) {
         const Quads q = transpose_quads<Kind>(p + s * Kind::kPerStep, stride, j + 8 <= cols ? 7 : cols - 1 - j);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + (s + i) * width, q.step[i]);
