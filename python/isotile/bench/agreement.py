@@ -83,7 +83,8 @@ class Judge:
 
         Each result is taken for a sum of k products, flops = 2 k results. Products of independent signs make a sum
         of about sqrt(k) times a product's size, so the sum of magnitudes is about sqrt(k) times the result's rms;
-        both sides may err by growth(k) units of it.
+        both sides may err by growth(k) units of it. Kernels of narrow dtypes also round an operand of a second product
+        (attention's probabilities) to that dtype, once.
         """
         if "scheme" in self.values:  # PyTorch in float32 rounds neither activations nor dequantised weights
             raise Disagreement("the float64 truth does not fit into memory here, and nothing else rounds as it does")
@@ -102,7 +103,8 @@ class Judge:
             value = result.double()
             terms = max(1, int(self.inputs.flops() / max(2 * value.numel(), 1)))
             rms = float(value.square().mean().sqrt())
-            allowed = 2 * ulp(value, dtype) + 2 * 2.0**-24 * growth(terms) * math.sqrt(terms) * rms
+            units = 2 * 2.0**-24 * growth(terms) + torch.finfo(self.workload.dtype).eps / 2
+            allowed = 2 * ulp(value, dtype) + units * math.sqrt(terms) * rms
             expected[name] = Bound(value, allowed, dtype)
         return expected
 
