@@ -57,11 +57,12 @@ class Judge:
         self.values = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in inputs.call.values.items()}
         self.overload = inputs.overload()
         passes = 3.5 if workload.direction == "backward" else 1.0
-        # A float64 reference holds some eight intermediates as large as operands and results (two weights of four bits
-        # are one element); attention's also one for every 2 (d + dv) operations: a quarter of a byte for each.
+        # A float64 reference holds some eight intermediates as large as operands and results (a byte of `packed` may be
+        # two of them); attention's also one for every 2 (d + dv) operations: a quarter of a byte for each.
         elements = sum(t.numel() * (2 if n == "packed" else 1) for n, t in inputs.tensors().items())
         held = 64 * (elements + inputs.results_bytes() / workload.dtype.itemsize)
-        if self.spec.name.startswith("attention"):
+        self.second_product = self.spec.name.startswith("attention")
+        if self.second_product:
             held += inputs.flops() / 4
         self.affordable = held * passes <= available_bytes() / 2
 
@@ -103,7 +104,9 @@ class Judge:
             value = result.double()
             terms = max(1, int(self.inputs.flops() / max(2 * value.numel(), 1)))
             rms = float(value.square().mean().sqrt())
-            units = 2 * 2.0**-24 * growth(terms) + torch.finfo(self.workload.dtype).eps / 2
+            units = 2 * 2.0**-24 * growth(terms)
+            if self.second_product:
+                units += torch.finfo(self.workload.dtype).eps / 2
             allowed = 2 * ulp(value, dtype) + units * math.sqrt(terms) * rms
             expected[name] = Bound(value, allowed, dtype)
         return expected
