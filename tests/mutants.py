@@ -405,9 +405,29 @@ KERNELS = [
         ("quantized_linear",),
         isa="avx512_bf16",
     ),
+    Mutant(
+        "quantized_scales_of_the_first_part",
+        "csrc/ops/_quantized_bfloat16.h",
+        "first = w.groups > 1 ? k0 / w.group : 0;",
+        "first = 0;",
+        "every 256 elements of a row take the scales of the first 256",
+        ("tests/test_quantized_linear.py::test_offsets_and_every_variant_agree_within_the_bound[cpu]",),
+        ("quantized_linear",),
+        isa="avx512_bf16",
+    ),
 ]
 
 TILES = [
+    Mutant(
+        "made_columns_of_the_first_chunk",
+        "csrc/ops/_gemm_amx.h",
+        "g.make_b(g.b, l, rows, k0 + from, length,",
+        "g.make_b(g.b, l, rows, from, length,",
+        "every chunk of k multiplies the first chunk's weights",
+        ("tests/test_quantized_linear.py::test_offsets_and_every_variant_agree_within_the_bound[cpu]",),
+        ("matmul",),
+        isa="amx",
+    ),
     Mutant(
         "sums_start_over",
         "csrc/ops/_gemm_amx.h",

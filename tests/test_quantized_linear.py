@@ -104,7 +104,7 @@ def test_offsets_and_every_variant_agree_within_the_bound(backend):
     from isotile.testing import bounds, compare
 
     for scheme, group_size, symmetric in variants():
-        for m, k in ((1, 200), (2, 200), (4, 200), (7, 200), (18, 200), (13, 1100)):
+        for m, k in ((1, 200), (2, 200), (4, 200), (7, 200), (18, 200), (13, 1100), (530, 1700)):
             for offsets in (False, True) if scheme in INTEGERS and symmetric else (False,):
                 q = weight(37, k, scheme, group_size, symmetric, offsets)
                 x = randn(m, k).bfloat16()

@@ -10,6 +10,8 @@
 // of b and nothing else: not on m, n, the batch, the strides, the sides, the blocking or the number of threads. A k
 // that is no multiple of 32 is filled up with zeros.
 //
+// A b that is made where it is used (Gemm::make_b) goes left, like one that is packed.
+//
 // A task is a block of the left side times a block of the right one. For each chunk of k: the right block lies packed
 // in L2; panels of 32 left rows pass over it, 2 x 2 tiles at a time, while the next panel is fetched.
 #pragma once
@@ -360,6 +362,7 @@ struct TiledSides {
   }
 };
 
+constexpr int64_t kMadeK = 256;      // elements of k that are made at a time
 constexpr int64_t kFinishSide = 64;  // of y's columns, at a time
 
 template <class Kind>
@@ -397,13 +400,16 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
   const int64_t columns = r1 - r0, right_panels = ceil_div(columns, kPanelSide);
   const int64_t right_groups = ceil_div(columns, kRightGroup), left_groups = ceil_div(l1 - l0, kLeftGroup);
   const int64_t chunk = least(plan.chunk, ceil_div(g.k, kTileK) * kTileK), chunks = g.k == 0 ? 1 : ceil_div(g.k, chunk);
-  const bool direct = sides.left.direct(), keep = chunks > 1;
+  const bool made = kSwapped && g.make_b != nullptr, direct = !made && sides.left.direct(), keep = chunks > 1;
 
   Scratch<char> right_packed(shared == nullptr ? packed_bytes<Kind>(columns, chunk) : 0);
   // A packed left panel takes little of L1; the sums of its whole group wait then.
-  const bool pack_ahead = !direct && sides.left.k == 1 && sides.left.rows->even();
-  const int64_t left_k = direct || (pack_ahead && right_panels == 1) ? most(chunk, 1) : 256;
-  const int64_t left_bytes = direct ? kBlockBytes<Kind> : packed_bytes<Kind>(kPanelSide, least(chunk, left_k));
+  const bool pack_ahead = !direct && !made && sides.left.k == 1 && sides.left.rows->even();
+  const int64_t left_k = direct || (pack_ahead && right_panels == 1) ? most(chunk, 1) : kMadeK;
+  constexpr int64_t kMadeRow = kMadeK + kTileK;  // an odd number of lines, which spreads over L1's sets
+  const int64_t left_bytes = direct ? kBlockBytes<Kind>
+                             : made ? kPanelSide * kMadeRow * 2
+                                    : packed_bytes<Kind>(kPanelSide, least(chunk, left_k));
   Scratch<char> left_packed(2 * left_bytes);
   Scratch<float> sums((keep ? left_groups : 1) * right_groups * kGroup);
   Scratch<float> turned(kSwapped ? kGroup : 0);
@@ -431,6 +437,10 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
     // ahead: the first kernel packs them.
     const auto left_rows = [&](int64_t l, int64_t rows, int64_t from, int64_t length, bool ahead, char* packed) {
       const int64_t tiles = rows > kTileSide ? 2 : 1, row_bytes = sides.left.rows->step() * 2;
+      if (made) {
+        g.make_b(g.b, l, rows, k0 + from, length, reinterpret_cast<BFloat16*>(packed), kMadeRow);
+        return LeftRows{packed, 2 * kMadeRow, 16 * 2 * kMadeRow, 2 * kTileK, ceil_div(length, kTileK), nullptr};
+      }
       if (!direct) {
         if (!ahead) pack(sides.left, l, rows, k0 + from, length, true, packed, left_bytes);
         return LeftRows{packed, 64, kTileBytes * Kind::kParts, tiles * kTileBytes * Kind::kParts,
@@ -552,7 +562,7 @@ inline bool run_tiled(const GemmList& source) {
   bool not_finite = false;
   TiledPlan plan{};
   plan.not_finite = &not_finite;
-  plan.swapped = swapped_cost < plain_cost;
+  plan.swapped = first.make_b != nullptr || swapped_cost < plain_cost;
   const int64_t cycles = work + (b_elements + rows * most_k) / 4;
   const int64_t threads = cycles <= kSerialCycles ? 1 : num_threads();
 
@@ -578,7 +588,8 @@ inline bool run_tiled(const GemmList& source) {
     plan.chunk = most(plan.chunk, 4 * kTileK);
   }
   const int64_t chunks = most(1, ceil_div(most_k, plan.chunk));
-  plan.chunk = most(ceil_div(ceil_div(most_k, chunks), kTileK) * kTileK, kTileK);
+  const int64_t k_step = first.make_b != nullptr ? kMadeK : kTileK;
+  plan.chunk = most(ceil_div(ceil_div(most_k, chunks), k_step) * k_step, k_step);
   const auto left_blocks = [&](int64_t i) { return ceil_div(plan.swapped ? n : source.m(i), plan.left_block); };
   const auto right_blocks = [&](int64_t i) { return ceil_div(plan.swapped ? source.m(i) : n, plan.right_block); };
   const auto tasks = [&](int64_t i) { return left_blocks(i) * right_blocks(i); };

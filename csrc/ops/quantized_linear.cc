@@ -8,6 +8,7 @@
 #include "base/scratch.h"
 #include "ops/_gemm.h"
 #include "ops/_gemm_pack.h"
+#include "ops/_quantized_bfloat16.h"
 #include "ops/_quantized_blocks.h"
 #include "ops/_quantized_few_rows.h"
 #include "ops/_quantized_format.h"
@@ -137,11 +138,11 @@ inline void any_integer(const Problem& p) {
 // --- few rows --------------------------------------------------------------------------------------------------------
 
 // Rows of x that meet each row of the weight in registers, at most; more are worth unpacking the weight for. Matrix tiles
-// take many rows at the price of few, unless groups of 32 fill only half of them. Measured at 4096 x 4096 on a Xeon with
-// AMX, one thread, 2026-11.
+// take many rows at the price of few, unless (integers) groups of 32 fill only half of them. Measured at 4096 x 4096 on a
+// Xeon with AMX, one thread, 2026-11.
 inline int64_t most_few(const Problem& p) { return p.w.k < 1024 ? 8 : 16; }  // short rows are mostly reductions
 inline int64_t few_floats_at_most(const Problem& p) {
-  return ISOTILE_HAS_TILES && p.x.dtype == DType::kBFloat16 ? 4 : most_few(p);
+  return ISOTILE_HAS_TILES && p.x.dtype == DType::kBFloat16 ? 2 : most_few(p);
 }
 inline int64_t few_integers_at_most(const Problem& p) {
   const bool small_groups = p.w.groups > 1 && p.w.group < 64;
@@ -365,15 +366,59 @@ struct One final : GemmList {
   void place(int64_t, Gemm*) const override {}
 };
 
+// Rows of the weight in T [rows][ld], ld whole pieces; e4m3 numbers without their scale.
+inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, float* out, int64_t ld) {
+#if defined(__AVX512F__)
+  RowFactors f(w);
+#endif
+  for (int64_t i = 0; i < rows; ++i) {
+    float* to = out + i * ld;
+#if defined(__AVX512F__)
+    if (w.scheme != Scheme::kFp8) f.load(w, j + i);
+    for (int64_t piece = 0; piece < ceil_div(w.k, kPiece); ++piece) {
+      __m512 v[8];
+      piece_of_row(w, w.row(j + i), f, piece, v);
+#pragma GCC unroll 8
+      for (int u = 0; u < 8; ++u) Vec<float>{v[u]}.store(to + piece * kPiece + 16 * u);
+    }
+#else
+    if (w.scheme == Scheme::kFp8)
+      for (int64_t l = 0; l < w.k; ++l) to[l] = kTables.e4m3[w.row(j + i)[l]];
+    else dequantize_row(w, j + i, to);
+#endif
+  }
+}
+
+#if ISOTILE_HAS_BF16_DOT
+inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, BFloat16* out, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k0 = 0; k0 < w.k; k0 += kMadeElements)
+      bfloat16_rows(w, j + i, 1, k0, least(kMadeElements, w.k - k0), out + i * ld + k0, ld);
+}
+#endif
+
+// The weight as a product's b that is made where it is used: its columns are rows `first` ... of the weight.
+struct MadeColumns {
+  const QuantizedWeight& w;
+  int64_t first;
+};
+inline void make_columns(const void* b, int64_t j, int64_t columns, int64_t k0, int64_t kc, BFloat16* out, int64_t ld) {
+#if ISOTILE_HAS_TILES
+  const auto& made = *static_cast<const MadeColumns*>(b);
+  bfloat16_rows(made.w, made.first + j, columns, k0, kc, out, ld);
+#endif
+}
+
 // Weights dequantised to T a slice of columns at a time, then multiplied. Where x is dynamic (fp8) all scales come last,
 // so that e4m3 numbers stay exact in T.
 template <class T>
 inline void many_floats(const Problem& p) {
   const int64_t k = p.w.k, m = p.m, ld = most(1, ceil_div(k, kBlock4)) * kBlock4;
-  const int64_t slice = least(p.w.n, most(64, (int64_t{1} << 21) / ld / 64 * 64));
-  const bool dynamic = p.w.dynamic();
   const QuantizedWeight& w = p.w;
-  Scratch<T> weight(slice * ld), rows(dynamic ? m * ld : 0);
+  const bool dynamic = w.dynamic();
+  constexpr bool kMade = ISOTILE_HAS_TILES && sizeof(T) == 2;  // 64 rows of it at a time, in L1, for each thread
+  const int64_t slice = kMade && !dynamic ? w.n : least(w.n, most(64, (int64_t{1} << 21) / ld / 64 * 64));
+  Scratch<T> weight(kMade ? 0 : slice * ld), rows(dynamic ? m * ld : 0);
   Scratch<float> scales(dynamic ? m : 0), sums(dynamic ? m * slice : 0);
   if (dynamic) {
     dispatch_float(p.x.dtype, [&](auto type) {
@@ -391,39 +436,25 @@ inline void many_floats(const Problem& p) {
   }
   for (int64_t j0 = 0; j0 < p.w.n; j0 += slice) {
     const int64_t cols = least(slice, p.w.n - j0);
-    parallel_for(0, cols, most(1, 32768 / ld), [&](int64_t begin, int64_t end) {
-      Scratch<float> row(ld);
-#if defined(__AVX512F__)
-      RowFactors f(w);
-#endif
-      for (int64_t j = begin; j < end; ++j) {
-        T* to = weight.data() + j * ld;
-#if defined(__AVX512F__)
-        if (!dynamic) f.load(w, j0 + j);
-        for (int64_t piece = 0; piece < ceil_div(k, kPiece); ++piece) {
-          __m512 v[8];
-          piece_of_row(w, w.row(j0 + j), f, piece, v);
-#pragma GCC unroll 8
-          for (int u = 0; u < 8; ++u) Vec<float>{v[u]}.store(to + piece * kPiece + 16 * u);
-        }
-#else
-        if (dynamic) {
-          for (int64_t l = 0; l < k; ++l) row[l] = kTables.e4m3[w.row(j0 + j)[l]];
-        } else {
-          dequantize_row(w, j0 + j, row.data());
-        }
-        for (int64_t l = 0; l < k; l += Vec<float>::kLanes) Vec<float>::load(row.data() + l, k - l).store(to + l, k - l);
-#endif
-      }
-    });
+    if (!kMade) {
+      parallel_for(0, cols, most(1, 32768 / ld), [&](int64_t begin, int64_t end) {
+        dequantize_rows(w, j0 + begin, end - begin, weight.data() + begin * ld, ld);
+      });
+    }
     One list;
     Gemm& g = list.first;
     g.m = m;
     g.n = cols;
     g.k = k;
-    g.b = weight.data();
-    g.b_k = 1;
-    g.b_n = ld;
+    const MadeColumns made{w, j0};
+    if (kMade) {
+      g.b = &made;
+      g.make_b = make_columns;
+    } else {
+      g.b = weight.data();
+      g.b_k = 1;
+      g.b_n = ld;
+    }
     DType type = p.x.dtype;
     if (dynamic) {
       type = DTypeOf<T>::value;
@@ -474,8 +505,9 @@ inline bool served_fast(const Problem& p, bool integers) {
     few_floats(p);
     return true;
   }
-#endif
+#else
   if (p.m <= 4) return false;
+#endif
 #if ISOTILE_HAS_BF16_DOT
   if (p.w.scheme == Scheme::kFp8 || p.x.dtype == DType::kBFloat16) {
     many_floats<BFloat16>(p);
