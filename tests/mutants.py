@@ -419,6 +419,16 @@ KERNELS = [
 
 TILES = [
     Mutant(
+        "made_rows_of_the_first_chunk",
+        "csrc/ops/_gemm_amx.h",
+        "g.make_b(g.b, k0 + k, depth,",
+        "g.make_b(g.b, k, depth,",
+        "every chunk of a gradient's sum multiplies the first chunk's weights",
+        ("tests/test_quantized_linear.py::test_gradients_of_every_variant_and_path_agree_within_the_bound[cpu]",),
+        ("matmul",),
+        isa="amx",
+    ),
+    Mutant(
         "made_columns_of_the_first_chunk",
         "csrc/ops/_gemm_amx.h",
         "g.make_b(g.b, l, rows, k0 + from, length,",

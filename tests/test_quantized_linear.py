@@ -280,19 +280,27 @@ def test_gradients_of_every_variant_and_path_agree_within_the_bound(backend):
     from isotile.testing import bounds, compare
 
     operator = library.operator("quantized_linear_backward")
+
+    def check(q, m, k, dtype):
+        n = len(q.packed)
+        values = {
+            "grad": randn(m, n).to(dtype), "x": randn(m, k).to(dtype), "packed": q.packed, "scales": q.scales,
+            "zeros": q.zeros, "global_scale": q.global_scale, "scheme": q.scheme, "group_size": q.group_size,
+        }  # fmt: skip
+        with isotile.use_backend(backend):
+            (found,) = operator.execute("default", tuple(values.values()))
+        compare("grad_x", found, bounds(registry.spec("quantized_linear_backward"), "default", values)["grad_x"])
+
     for scheme, group_size, symmetric in variants():
         for offsets in (False, True) if scheme in INTEGERS and symmetric else (False,):
             q = weight(131, 1160, scheme, group_size, symmetric, offsets)
-            for m, dtype in ((1, torch.float32), (2, torch.float16), (21, torch.bfloat16), (150, torch.float32)):
-                values = {
-                    "grad": randn(m, 131).to(dtype), "x": randn(m, 1160).to(dtype), "packed": q.packed,
-                    "scales": q.scales, "zeros": q.zeros, "global_scale": q.global_scale, "scheme": q.scheme,
-                    "group_size": q.group_size,
-                }  # fmt: skip
-                with isotile.use_backend(backend):
-                    (found,) = operator.execute("default", tuple(values.values()))
-                bound = bounds(registry.spec("quantized_linear_backward"), "default", values)["grad_x"]
-                compare("grad_x", found, bound)
+            for m, dtype in (
+                (1, torch.float32), (2, torch.float16), (3, torch.bfloat16), (21, torch.bfloat16), (45, torch.bfloat16),
+                (150, torch.float32),
+            ):  # fmt: skip
+                check(q, m, 1160, dtype)
+    for scheme in SCHEMES:
+        check(weight(900, 300, scheme, 128), 1100, 300, torch.bfloat16)
 
 
 def test_wrong_weights_are_refused():

@@ -14,10 +14,11 @@ struct Gemm {
   Matrix a;  // rows m, columns k
   const void* b = nullptr;
   int64_t b_offset = 0, b_k = 0, b_n = 0;
-  // Where b is not in memory (bfloat16 on matrix tiles only): makes elements [k0, k0 + kc) of columns [j, j + columns),
-  // each column `ld` elements after the last and filled up with zeros to a multiple of 128. k0 is a multiple of 256, kc
-  // at most 256.
-  using MakeB = void (*)(const void* b, int64_t j, int64_t columns, int64_t k0, int64_t kc, BFloat16* out, int64_t ld);
+  // Where b is not in memory (bfloat16 on matrix tiles only): makes elements [k0, k0 + count) of rows [j, j + rows) of a
+  // matrix whose rows are b's columns, or with made_by_rows b's rows. Each row lies `ld` elements after the last and is
+  // filled up with zeros to a multiple of 128; k0 is such a multiple, count at most 256.
+  using MakeB = void (*)(const void* b, int64_t j, int64_t rows, int64_t k0, int64_t count, BFloat16* out, int64_t ld);
+  bool made_by_rows = false;
   MakeB make_b = nullptr;
   Epilogue out;
 };

@@ -10,7 +10,7 @@
 // of b and nothing else: not on m, n, the batch, the strides, the sides, the blocking or the number of threads. A k
 // that is no multiple of 32 is filled up with zeros.
 //
-// A b that is made where it is used (Gemm::make_b) goes left, like one that is packed.
+// A b that is made where it is used (Gemm::make_b) is packed from a block in L1; made by columns it goes left, as it is.
 //
 // A task is a block of the left side times a block of the right one. For each chunk of k: the right block lies packed
 // in L2; panels of 32 left rows pass over it, 2 x 2 tiles at a time, while the next panel is fetched.
@@ -362,7 +362,8 @@ struct TiledSides {
   }
 };
 
-constexpr int64_t kMadeK = 256;      // elements of k that are made at a time
+constexpr int64_t kMadeK = 256;                // elements of a row that are made at a time
+constexpr int64_t kMadeRow = kMadeK + kTileK;  // an odd number of lines, which spreads over L1's sets
 constexpr int64_t kFinishSide = 64;  // of y's columns, at a time
 
 template <class Kind>
@@ -387,6 +388,34 @@ inline void transpose_group(const float* c, int64_t ldc, int64_t rows, int64_t c
     }
 }
 
+// Columns [r, r + count) of a right side, k in [k0, k0 + kc), packed as pack_side() does.
+template <class Kind>
+inline bool pack_right(const Gemm& g, const Side<Kind>& side, int64_t r, int64_t count, int64_t k0, int64_t kc,
+                       char* out, int64_t panel_bytes) {
+  if (!g.made_by_rows) return pack_side(side, r, count, k0, kc, false, out, panel_bytes);
+  if constexpr (Kind::kParts == 1) {
+    Scratch<BFloat16> block(kTileK * kMadeRow);
+    IndexMap rows;
+    rows.append(kMadeK, 1);
+    for (int64_t k = 0; k < kc; k += kTileK) {
+      const int64_t depth = least(kTileK, kc - k);
+      const Side<Kind> made{block.data(), &rows, kMadeRow, depth};
+      for (int64_t j = 0; j < count; j += kMadeK) {
+        const int64_t columns = least(kMadeK, count - j);
+        g.make_b(g.b, k0 + k, depth, r + j, columns, block.data(), kMadeRow);
+        for (int64_t c = 0; c < columns;) {  // a last panel of one tile lies by itself
+          const int64_t left = columns - c, some = left % kPanelSide > kTileSide ? left : left / kPanelSide * kPanelSide;
+          const int64_t now = some > 0 ? some : left, tiles = now > kTileSide ? 2 : 1;
+          pack_side(made, c, now, 0, depth, false,
+                    out + (j + c) / kPanelSide * panel_bytes + k / kTileK * tiles * kTileBytes, panel_bytes);
+          c += now;
+        }
+      }
+    }
+  }
+  return false;
+}
+
 // Rows [l0, l1) of the left side x columns [r0, r1) of the right one. shared: the whole right side, packed chunk after
 // chunk, or null to pack the block here.
 template <class Kind, bool kSwapped>
@@ -406,7 +435,6 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
   // A packed left panel takes little of L1; the sums of its whole group wait then.
   const bool pack_ahead = !direct && !made && sides.left.k == 1 && sides.left.rows->even();
   const int64_t left_k = direct || (pack_ahead && right_panels == 1) ? most(chunk, 1) : kMadeK;
-  constexpr int64_t kMadeRow = kMadeK + kTileK;  // an odd number of lines, which spreads over L1's sets
   const int64_t left_bytes = direct ? kBlockBytes<Kind>
                              : made ? kPanelSide * kMadeRow * 2
                                     : packed_bytes<Kind>(kPanelSide, least(chunk, left_k));
@@ -430,8 +458,9 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
                           char* to, int64_t bytes) {
       if (pack_side(side, from, count, k, length, left, to, bytes)) plan.tell_not_finite();
     };
-    if (shared == nullptr) pack(sides.right, r0, columns, k0, kc, false, right_packed.data(), panel_bytes);
-    else right = shared + packed_bytes<Kind>(sides.right_count, k0) + r0 / kPanelSide * panel_bytes;
+    if (shared == nullptr && pack_right(g, sides.right, r0, columns, k0, kc, right_packed.data(), panel_bytes))
+      plan.tell_not_finite();
+    if (shared != nullptr) right = shared + packed_bytes<Kind>(sides.right_count, k0) + r0 / kPanelSide * panel_bytes;
 
     // Left rows [l, l + rows), at most a panel; k in [k0 + from, k0 + from + length).
     // ahead: the first kernel packs them.
@@ -562,7 +591,8 @@ inline bool run_tiled(const GemmList& source) {
   bool not_finite = false;
   TiledPlan plan{};
   plan.not_finite = &not_finite;
-  plan.swapped = first.make_b != nullptr || swapped_cost < plain_cost;
+  const bool made = first.make_b != nullptr;
+  plan.swapped = made ? !first.made_by_rows : swapped_cost < plain_cost;
   const int64_t cycles = work + (b_elements + rows * most_k) / 4;
   const int64_t threads = cycles <= kSerialCycles ? 1 : num_threads();
 
@@ -570,17 +600,18 @@ inline bool run_tiled(const GemmList& source) {
   // a quarter. A right side that is packed where it is used wants all left rows in one task; few left rows want it
   // packed and used within L1, but read by long stretches.
   const int64_t most_left = plan.swapped ? n : most_rows, most_right = plan.swapped ? most_rows : n;
-  const int64_t eighth = l2_cache_bytes() / 8, all_right = ceil_div(most_right, kFinishSide) * kFinishSide;
+  const int64_t right_step = made && !plan.swapped ? kMadeK : kFinishSide;
+  const int64_t eighth = l2_cache_bytes() / 8, all_right = ceil_div(most_right, right_step) * right_step;
   const auto within = [](int64_t low, int64_t x, int64_t high) { return least(most(x, low), high); };
   plan.right_block = least(all_right, 512);
   plan.left_block = ceil_div(most_left, kFinishSide) * kFinishSide;
   plan.chunk = 3 * eighth / (plan.right_block * 2 * Kind::kParts) / kTileK * kTileK;
   if (!plan.swapped && most_left <= kPanelSide) {
-    plan.chunk = kTileK;
+    plan.chunk = made ? 4 * kTileK : kTileK;
   } else if (most_k > plan.chunk) {
     if (!plan.swapped) {
       plan.left_block = least(plan.left_block, 1024);
-      plan.right_block = least(all_right, within(64, eighth / 2 / plan.left_block / kFinishSide * kFinishSide, 512));
+      plan.right_block = least(all_right, within(right_step, eighth / 2 / plan.left_block / right_step * right_step, 512));
       plan.chunk = 3 * eighth / (plan.right_block * 2 * Kind::kParts) / kTileK * kTileK;
     } else {
       plan.left_block = least(plan.left_block, most(eighth / 2 / plan.right_block / kFinishSide * kFinishSide, 256));
@@ -588,7 +619,7 @@ inline bool run_tiled(const GemmList& source) {
     plan.chunk = most(plan.chunk, 4 * kTileK);
   }
   const int64_t chunks = most(1, ceil_div(most_k, plan.chunk));
-  const int64_t k_step = first.make_b != nullptr ? kMadeK : kTileK;
+  const int64_t k_step = made && plan.swapped ? kMadeK : kTileK;
   plan.chunk = most(ceil_div(ceil_div(most_k, chunks), k_step) * k_step, k_step);
   const auto left_blocks = [&](int64_t i) { return ceil_div(plan.swapped ? n : source.m(i), plan.left_block); };
   const auto right_blocks = [&](int64_t i) { return ceil_div(plan.swapped ? source.m(i) : n, plan.right_block); };
@@ -606,7 +637,7 @@ inline bool run_tiled(const GemmList& source) {
     }
   };
   if (plan.swapped) halve(&plan.left_block, 64), halve(&plan.right_block, 64);
-  else halve(&plan.right_block, 128), halve(&plan.left_block, 128), halve(&plan.right_block, 64);
+  else halve(&plan.right_block, 128), halve(&plan.left_block, 128), halve(&plan.right_block, made ? 128 : 64);
 
   const auto packed_of = [&](int64_t i) { return packed_bytes<Kind>(plan.swapped ? source.m(i) : n, source.k(i)); };
   int64_t packed = 0, most_left_blocks = 0;
@@ -644,7 +675,7 @@ inline bool run_tiled(const GemmList& source) {
         const int64_t kc = least(plan.chunk, g.k - k0), panel_bytes = ceil_div(kc, kTileK) * kBlockBytes<Kind>;
         char* to = shared.data() + cursor.packed + packed_bytes<Kind>(sides.right_count, k0);
         to += r / kPanelSide * panel_bytes;
-        if (pack_side(sides.right, r, some, k0, kc, false, to, panel_bytes)) plan.tell_not_finite();
+        if (pack_right(g, sides.right, r, some, k0, kc, to, panel_bytes)) plan.tell_not_finite();
       }
     });
   }

@@ -98,8 +98,9 @@ ISOTILE_INLINE void bfloat16_of_nibbles(const uint8_t* bytes, const PartFactors&
   }
 }
 
-// Eight-bit integers times their scales; e4m3 numbers as they are, whose scales come last. kInteger, kGroups: of them.
-template <bool kInteger, bool kGroups>
+// kGroups: each group has a scale, not each row.
+enum class Bytes { kIntegers, kE4m3, kE4m3AsTheyAre };
+template <Bytes kBytes, bool kGroups>
 ISOTILE_INLINE void bfloat16_of_bytes(const uint8_t* bytes, const PartFactors& f, int64_t count, BFloat16* out) {
   for (int64_t k = 0; k < count; k += 32) {
     const int64_t left = count - k;
@@ -109,21 +110,19 @@ ISOTILE_INLINE void bfloat16_of_bytes(const uint8_t* bytes, const PartFactors& f
       const auto* at = reinterpret_cast<const __m128i*>(bytes + k + 16 * h);
       const __m128i some = left >= 32 ? _mm_loadu_si128(at)
                                       : _mm_maskz_loadu_epi8(left > 16 * h ? first16(left - 16 * h) : 0, at);
-      if (!kInteger) {
-        halves[h] = floats_of_e4m3(some);
-        continue;
-      }
+      halves[h] = kBytes == Bytes::kIntegers ? _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)) : floats_of_e4m3(some);
       const float scale = f.scales[kGroups ? (k + 16 * h) / f.w.group : 0];
-      halves[h] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)), _mm512_set1_ps(scale));
+      if (kBytes != Bytes::kE4m3AsTheyAre) halves[h] = _mm512_mul_ps(halves[h], _mm512_set1_ps(scale));
     }
     _mm512_storeu_si512(out + k, (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
   }
 }
 
 // Elements [k0, k0 + count) of rows [j, j + rows) of the weight, each row `ld` elements after the last. k0 is a multiple
-// of a piece, count at most kMadeElements; up to whole pieces zeros follow. Fetches what probably comes next.
+// of a piece, count at most kMadeElements; up to whole pieces zeros follow. e4m3_as_it_is: its scales come later. Fetches
+// what probably comes next.
 inline void bfloat16_rows(const QuantizedWeight& w, int64_t j, int64_t rows, int64_t k0, int64_t count, BFloat16* out,
-                          int64_t ld) {
+                          int64_t ld, bool e4m3_as_it_is) {
   const int64_t per_byte = w.four_bits() ? 2 : 1, lines = ceil_div(count / per_byte, 64);
   const int64_t next = k0 + count < w.k ? count / per_byte : rows * w.row_bytes - k0 / per_byte;
   PartFactors f(w, k0, count);
@@ -148,16 +147,24 @@ inline void bfloat16_rows(const QuantizedWeight& w, int64_t j, int64_t rows, int
       default: return by_rows([&](const uint8_t* b, BFloat16* to) { bfloat16_of_nibbles<kKind, 8>(b, f, count, to); });
     }
   };
-  if (w.scheme == Scheme::kFp8)
-    return by_rows([&](const uint8_t* b, BFloat16* to) { bfloat16_of_bytes<false, false>(b, f, count, to); });
-  if (!w.four_bits()) {
-    if (per == 0) return by_rows([&](const uint8_t* b, BFloat16* to) { bfloat16_of_bytes<true, false>(b, f, count, to); });
-    return by_rows([&](const uint8_t* b, BFloat16* to) { bfloat16_of_bytes<true, true>(b, f, count, to); });
+  const auto bytes = [&](auto kind, auto groups) {
+    constexpr Bytes kKind = decltype(kind)::value;
+    constexpr bool kGroups = decltype(groups)::value;
+    by_rows([&](const uint8_t* b, BFloat16* to) { bfloat16_of_bytes<kKind, kGroups>(b, f, count, to); });
+  };
+  using std::integral_constant;
+  if (w.scheme == Scheme::kFp8) {
+    if (e4m3_as_it_is) return bytes(integral_constant<Bytes, Bytes::kE4m3AsTheyAre>{}, std::false_type{});
+    return bytes(integral_constant<Bytes, Bytes::kE4m3>{}, std::false_type{});
   }
-  if (!w.integer()) return nibbles(std::integral_constant<Nibbles, Nibbles::kE2m1>{});
-  if (w.zeros == nullptr) return nibbles(std::integral_constant<Nibbles, Nibbles::kLessEight>{});
-  if (w.has_offsets()) return nibbles(std::integral_constant<Nibbles, Nibbles::kPlusOffset>{});
-  nibbles(std::integral_constant<Nibbles, Nibbles::kLessZero>{});
+  if (!w.four_bits()) {
+    if (per == 0) return bytes(integral_constant<Bytes, Bytes::kIntegers>{}, std::false_type{});
+    return bytes(integral_constant<Bytes, Bytes::kIntegers>{}, std::true_type{});
+  }
+  if (!w.integer()) return nibbles(integral_constant<Nibbles, Nibbles::kE2m1>{});
+  if (w.zeros == nullptr) return nibbles(integral_constant<Nibbles, Nibbles::kLessEight>{});
+  if (w.has_offsets()) return nibbles(integral_constant<Nibbles, Nibbles::kPlusOffset>{});
+  nibbles(integral_constant<Nibbles, Nibbles::kLessZero>{});
 }
 
 }  // namespace ISOTILE_ISA

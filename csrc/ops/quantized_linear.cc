@@ -1,9 +1,9 @@
 // y [m, n] = activation(x [m, k] @ weight [n, k].T + bias [n]) + residual [m, n], the weight quantised.
 //
 // Few rows: the weight is read once, row by row, and used in registers (_quantized_few_rows.h). Many rows: integers go
-// through blocks (_quantized_blocks.h), exact in int32; floats are dequantised a slice at a time, which stays in the
-// caches, and multiplied as `matmul` does. any_float and any_integer serve every other call, and batch invariance: they
-// sum each result in an order of its own, whatever the number of rows.
+// through blocks (_quantized_blocks.h), exact in int32; floats are dequantised and multiplied as `matmul` does, on matrix
+// tiles a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in the caches. any_float and any_integer
+// serve every other call, and batch invariance: they sum each result in an order of its own, whatever the number of rows.
 #include "base/parallel.h"
 #include "base/scratch.h"
 #include "ops/_gemm.h"
@@ -393,7 +393,7 @@ inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, f
 inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, BFloat16* out, int64_t ld) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t k0 = 0; k0 < w.k; k0 += kMadeElements)
-      bfloat16_rows(w, j + i, 1, k0, least(kMadeElements, w.k - k0), out + i * ld + k0, ld);
+      bfloat16_rows(w, j + i, 1, k0, least(kMadeElements, w.k - k0), out + i * ld + k0, ld, true);
 }
 #endif
 
@@ -405,7 +405,7 @@ struct MadeColumns {
 inline void make_columns(const void* b, int64_t j, int64_t columns, int64_t k0, int64_t kc, BFloat16* out, int64_t ld) {
 #if ISOTILE_HAS_TILES
   const auto& made = *static_cast<const MadeColumns*>(b);
-  bfloat16_rows(made.w, made.first + j, columns, k0, kc, out, ld);
+  bfloat16_rows(made.w, made.first + j, columns, k0, kc, out, ld, true);
 #endif
 }
 

@@ -2,13 +2,15 @@
 //
 // A task owns a strip of columns. The weight is read once: a few of its rows at a time are dequantised, one or two rows
 // of grad add them up as they come out of registers; more rows go through a block in L1 and the register tile of
-// `matmul`. Each element adds its n products one after another, whatever m and the number of threads. bfloat16 with a
-// bfloat16 dot product instead dequantises a slice of columns, which stays in the caches, and multiplies as `matmul`.
+// `matmul`. Each element adds its n products one after another, whatever m and the number of threads. More bfloat16 rows
+// multiply as `matmul` does: matrix tiles turn the weight into bfloat16 where they pack it, other bfloat16 dot products
+// want a slice of its columns in memory.
 #include "base/parallel.h"
 #include "base/scratch.h"
 #include "ops/_gemm.h"
 #include "ops/_gemm_pack.h"
 #include "ops/_gemm_tile.h"
+#include "ops/_quantized_bfloat16.h"
 #include "ops/_quantized_few_rows.h"
 #include "ops/_quantized_format.h"
 #include "ops/_rows.h"
@@ -27,7 +29,7 @@ struct Problem {
 
 constexpr int64_t kPieceColumns = kBlock4;  // what a strip is made of: whole groups, whole runs of nibbles
 constexpr int64_t kStripPieces = 4;
-constexpr int64_t kFew = 16;  // rows of grad for which float32 products cost less than packing bfloat16 ones
+constexpr int64_t kFew = ISOTILE_HAS_TILES ? 2 : 16;  // rows of grad for which float32 products cost less
 
 // --- any rows --------------------------------------------------------------------------------------------------------
 
@@ -214,39 +216,48 @@ struct One final : GemmList {
   void place(int64_t, Gemm*) const override {}
 };
 
-inline void by_slices(const Problem& p) {
+inline void run(const Problem& p, Gemm* g, int64_t k0, int64_t columns) {
+  One list;
+  g->m = p.m;
+  g->n = columns;
+  g->k = p.w.n;
+  g->a = p.grad;
+  g->out = p.out;
+  g->out.y.offset += k0 * g->out.y.col;
+  list.first = *g;
+  run_gemms(DType::kBFloat16, DType::kBFloat16, list);
+}
+
+#if ISOTILE_HAS_TILES
+inline void by_products(const Problem& p) {
+  Gemm g;
+  g.b = &p.w;
+  g.made_by_rows = true;
+  g.make_b = [](const void* b, int64_t j, int64_t rows, int64_t k0, int64_t count, BFloat16* out, int64_t ld) {
+    bfloat16_rows(*static_cast<const QuantizedWeight*>(b), j, rows, k0, count, out, ld, false);
+  };
+  run(p, &g, 0, p.w.k);
+}
+#else
+inline void by_products(const Problem& p) {
   const int64_t n = p.w.n, k = p.w.k;
-  const int64_t slice = least(ceil_div(k, kPiece), most(1, (int64_t{1} << 22) / n / kPiece));  // in pieces
-  const int64_t ld = slice * kPiece;
-  Scratch<BFloat16> weight(n * ld);
-  for (int64_t first = 0; first * kPiece < k; first += slice) {
-    const int64_t k0 = first * kPiece, pieces = least(slice, ceil_div(k - k0, kPiece));
-    parallel_for(0, n, most(1, 32768 / ld), [&](int64_t begin, int64_t end) {
-      RowReader<float> reader(p.w);
-      for (int64_t j = begin; j < end; ++j) {
-        reader.row(j);
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          __m512 v[8];
-          reader.piece(first + piece, v);
-#pragma GCC unroll 8
-          for (int u = 0; u < 8; ++u) Vec<float>{v[u]}.store(weight.data() + j * ld + piece * kPiece + 16 * u);
-        }
-      }
+  const int64_t slice = least(ceil_div(k, kPiece), most(1, (int64_t{1} << 22) / n / kPiece)) * kPiece;
+  Scratch<BFloat16> weight(n * slice);
+  for (int64_t k0 = 0; k0 < k; k0 += slice) {
+    const int64_t columns = least(slice, k - k0);
+    parallel_for(0, n, most(1, 32768 / slice), [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t i = 0; i < columns; i += kMadeElements)
+          bfloat16_rows(p.w, j, 1, k0 + i, least(kMadeElements, columns - i), weight.data() + j * slice + i, slice, false);
     });
-    One list;
-    Gemm& g = list.first;
-    g.m = p.m;
-    g.n = least(ld, k - k0);
-    g.k = n;
-    g.a = p.grad;
+    Gemm g;
     g.b = weight.data();
-    g.b_k = ld;
+    g.b_k = slice;
     g.b_n = 1;
-    g.out = p.out;
-    g.out.y.offset += k0 * g.out.y.col;
-    run_gemms(DType::kBFloat16, DType::kBFloat16, list);
+    run(p, &g, k0, columns);
   }
 }
+#endif
 #endif
 
 }  // namespace
@@ -267,7 +278,7 @@ void quantized_linear_backward(const TensorView* t, const double* s) {
     if (p.m == 2) return by_rows_of_weight<2>(p);
 #endif
 #if ISOTILE_HAS_BF16_DOT
-    if (grad.dtype == DType::kBFloat16 && p.m > kFew) return by_slices(p);
+    if (grad.dtype == DType::kBFloat16 && p.m > kFew) return by_products(p);
 #endif
   }
   by_blocks<float>(p);
