@@ -552,6 +552,7 @@ SERVED = {
     "torch-math": ["attention"],
     "onednn": ["linear", "matmul"],
     "onnxruntime": ["linear", "matmul", "layer_norm", "rms_norm", "softmax", "attention"],
+    "zentorch": ["linear", "matmul", "attention"],
 }
 
 
@@ -589,6 +590,9 @@ def test_rival_says_what_it_does_not_take(rival):
         ("torch-quantized", 0, torch.float32),
         ("onnxruntime", 0, torch.float32),
         ("onnxruntime", 1, torch.float32),
+        ("zentorch", 0, torch.bfloat16),
+        ("zentorch", 1, torch.bfloat16),
+        ("zentorch", 3, torch.bfloat16),
         ("torch-quantized", 2, torch.bfloat16),
         ("torch-quantized", 3, torch.bfloat16),
         ("torchao", 0, torch.bfloat16),

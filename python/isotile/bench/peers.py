@@ -348,6 +348,62 @@ class OnnxRuntime(Library):
         return {**super().settings(), "onnx": onnx.__version__, "provider": "CPUExecutionProvider"}
 
 
+# --- zentorch ------------------------------------------------------------------------------------------------------
+
+
+class ZenTorch(Library):
+    """AMD's ZenDNN through the operators that zentorch's compiler passes put in, weights packed as those passes do."""
+
+    module, package, devices = "zentorch", "zentorch", ("cpu",)
+
+    def linear(self, v: dict[str, Any]) -> Call:
+        _plain_product(self.name, v)
+        need(v["activation"] is None, "it is compared without an activation")
+        need(v["x"].dtype in (torch.float32, torch.bfloat16), f"{self.name} has no {v['x'].dtype} on every processor")
+        packed = torch.ops.zentorch.zentorch_weight_prepack_for_linear(v["weight"].contiguous().clone())
+        operator = torch.ops.zentorch.zentorch_linear_unary
+        return functools.partial(operator, v["x"], packed, v["bias"], is_weight_prepacked=True)
+
+    def matmul(self, v: dict[str, Any]) -> Call:
+        need(v["b"].ndim == 2, "the weight of a linear layer has two dimensions")
+        return self.linear({**v, "x": v["a"], "weight": v["b"].t()})
+
+    def rms_norm(self, v: dict[str, Any]) -> Call:
+        _no_residual(self.name, v)
+        _last_dim(v)
+        need(v["weight"] is not None and v["weight_offset"] == 0, "it wants a weight without an offset")
+        need(v["x"].dtype == v["weight"].dtype and v["x"].dtype != torch.float16, "it has float32 and bfloat16")
+        eps = torch.finfo(v["x"].dtype).eps if v["eps"] is None else v["eps"]
+        return functools.partial(torch.ops.zentorch.zentorch_rms_norm, v["x"], v["weight"], eps)
+
+    def attention(self, v: dict[str, Any]) -> Call:
+        _plain_attention(self.name, v)
+        query, key, value = v["query"], v["key"], v["value"]
+        need(query.ndim == 4 and key.shape == value.shape, "it wants [batch, heads, tokens, head_dim]")
+        need(query.dtype != torch.float16, f"{self.name} has no float16 on every processor")
+        operator = torch.ops.zentorch.zentorch_sdpa
+        return lambda: operator(query, key, value, 0.0, v["is_causal"], scale=v["scale"])[0]
+
+    def quantized_linear(self, v: dict[str, Any]) -> Call:
+        """dynamic_qlinear or woq_linear; int4 in groups, int8 with a scale for each row."""
+        _plain_product(self.name, v)
+        need(v["activation"] is None and v["zeros"] is None, "it is compared symmetric, without an activation")
+        need(v["x"].dtype in (torch.float32, torch.bfloat16), "its activations are float32 or bfloat16")
+        ops, x, scales = torch.ops.zentorch, v["x"], v["scales"]
+        if v["scheme"] == "int8_dynamic" and v["group_size"] == -1:
+            packed = ops.zentorch_weight_prepack_for_dynamic_qlinear(v["packed"].view(torch.int8).clone())
+            scale = scales[:, 0].float().contiguous()
+            return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scale, v["bias"], is_weight_prepacked=True)
+        need(v["scheme"] in ("int4", "int4_dynamic") and v["group_size"] > 0, "it has no such format")
+        codes = elements(v["packed"], "int4", x.shape[-1], torch.float32).to(torch.int8) - 8
+        packed = ops.zentorch_woq_repack_weight(codes)
+        if v["scheme"] == "int4_dynamic":
+            return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scales.float().t().contiguous(), v["bias"])
+        need(x.dtype == torch.bfloat16, "without dynamic activations they are bfloat16")
+        scales = scales.bfloat16().t().contiguous()
+        return functools.partial(ops.zentorch_woq_linear, x, packed.transpose(0, 1), scales, None, v["bias"])
+
+
 def _plain_attention(name: str, v: dict[str, Any], also: tuple[str, ...] = ()) -> None:
     beyond = ("attn_mask", "softcap", "sinks", "alibi_slopes", "seqlens_k", "window_left", "window_right", "dropout_p")
     extra = [n for n in beyond if n not in also and given(v, n)]
@@ -499,6 +555,7 @@ RIVALS: dict[str, type[Contender]] = {
     "torch-quantized": TorchQuantized,
     "onednn": OneDnn,
     "onnxruntime": OnnxRuntime,
+    "zentorch": ZenTorch,
     "liger": Liger,
     "flash-attn": FlashAttention,
     "quack": Quack,
