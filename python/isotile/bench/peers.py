@@ -389,19 +389,19 @@ class ZenTorch(Library):
         _plain_product(self.name, v)
         need(v["activation"] is None and v["zeros"] is None, "it is compared symmetric, without an activation")
         need(v["x"].dtype in (torch.float32, torch.bfloat16), "its activations are float32 or bfloat16")
-        ops, x, scales = torch.ops.zentorch, v["x"], v["scales"]
+        ops, x, scales, bias = torch.ops.zentorch, v["x"], v["scales"], v["bias"]
         if v["scheme"] == "int8_dynamic" and v["group_size"] == -1:
             packed = ops.zentorch_weight_prepack_for_dynamic_qlinear(v["packed"].view(torch.int8).clone())
             scale = scales[:, 0].float().contiguous()
-            return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scale, v["bias"], is_weight_prepacked=True)
+            return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scale, bias, is_weight_prepacked=True)
         need(v["scheme"] in ("int4", "int4_dynamic") and v["group_size"] > 0, "it has no such format")
         codes = elements(v["packed"], "int4", x.shape[-1], torch.float32).to(torch.int8) - 8
         packed = ops.zentorch_woq_repack_weight(codes)
         if v["scheme"] == "int4_dynamic":
-            return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scales.float().t().contiguous(), v["bias"])
+            return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scales.float().t().contiguous(), bias)
         need(x.dtype == torch.bfloat16, "without dynamic activations they are bfloat16")
         scales = scales.bfloat16().t().contiguous()
-        return functools.partial(ops.zentorch_woq_linear, x, packed.transpose(0, 1), scales, None, v["bias"])
+        return functools.partial(ops.zentorch_woq_linear, x, packed.transpose(0, 1), scales, None, bias)
 
 
 def _plain_attention(name: str, v: dict[str, Any], also: tuple[str, ...] = ()) -> None:
