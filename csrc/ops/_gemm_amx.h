@@ -245,8 +245,8 @@ struct FetchAhead {
     return left.data + block * left.block_bytes;
   }
 };
-// or packs its own left side, one block ahead: whole rows next to each other in k, and whole tiles. If nobody wants
-// them again, into the same few blocks, so that memory is still read by long stretches and L1 is enough for the rest.
+// or packs its own left side besides, one block ahead: whole rows next to each other in k, and whole tiles. If nobody
+// wants them again, into the same few blocks, so that L1 is enough for the rest.
 template <class Kind, int kLeft>
 struct PackAhead {
   static constexpr int64_t kAgain = 4;
@@ -254,6 +254,7 @@ struct PackAhead {
   int64_t stride, blocks;
   char* to;
   bool keep;
+  Prefetch* prefetch;
   typename Kind::Loader loader;
 
   ISOTILE_INLINE char* place(int64_t block) const {
@@ -272,6 +273,7 @@ struct PackAhead {
   }
   ISOTILE_INLINE void first() { pack(0); }
   ISOTILE_INLINE const char* next(int64_t block, const LeftRows&) {
+    prefetch->next();
     if (block + 1 < blocks) pack(block + 1);
     return place(block);
   }
@@ -403,9 +405,10 @@ inline bool pack_right(const Gemm& g, const Side<Kind>& side, int64_t r, int64_t
       for (int64_t j = 0; j < count; j += kMadeK) {
         const int64_t columns = least(kMadeK, count - j);
         g.make_b(g.b, k0 + k, depth, r + j, columns, block.data(), kMadeRow);
-        for (int64_t c = 0; c < columns;) {  // a last panel of one tile lies by itself
-          const int64_t left = columns - c, some = left % kPanelSide > kTileSide ? left : left / kPanelSide * kPanelSide;
-          const int64_t now = some > 0 ? some : left, tiles = now > kTileSide ? 2 : 1;
+        for (int64_t c = 0; c < columns;) {  // a last panel of one tile has a step of its own from block to block
+          const int64_t left = columns - c, lone = left % kPanelSide;
+          const int64_t now = lone > 0 && lone <= kTileSide && left > kPanelSide ? left - lone : left;
+          const int64_t tiles = now > kTileSide ? 2 : 1;
           pack_side(made, c, now, 0, depth, false,
                     out + (j + c) / kPanelSide * panel_bytes + k / kTileK * tiles * kTileBytes, panel_bytes);
           c += now;
@@ -434,6 +437,8 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
   Scratch<char> right_packed(shared == nullptr ? packed_bytes<Kind>(columns, chunk) : 0);
   // A packed left panel takes little of L1; the sums of its whole group wait then.
   const bool pack_ahead = !direct && !made && sides.left.k == 1 && sides.left.rows->even();
+  // The hardware's own prefetch ends with a page, and so serves long rows only.
+  const bool short_rows = pack_ahead && right_panels == 1 && 2 * g.k <= 4096;
   const int64_t left_k = direct || (pack_ahead && right_panels == 1) ? most(chunk, 1) : kMadeK;
   const int64_t left_bytes = direct ? kBlockBytes<Kind>
                              : made ? kPanelSide * kMadeRow * 2
@@ -502,14 +507,15 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
                               packs_ahead(p, length), left_packed.data() + p * left_bytes);
         FetchAhead fetch;
         Prefetch& prefetch = fetch.prefetch;
-        if (direct && l + group_rows < l1) {
-          prefetch.row = left[0].data + group_rows * left[0].row_bytes;
-          prefetch.row_stride = left[0].row_bytes;
-          prefetch.row_lines = ceil_div(2 * kc, 64);
+        if ((direct || short_rows) && l + group_rows < l1) {
+          const int64_t step = sides.left.rows->step();
+          prefetch.row = reinterpret_cast<const char*>(sides.left.data + (l + group_rows) * step + k0 + from);
+          prefetch.row_stride = 2 * step;
+          prefetch.row_lines = ceil_div(2 * length, 64);
           prefetch.rows_left = least(group_rows, l1 - l - group_rows);
-          const int64_t calls = most(1, right_panels * panels * blocks);
+          const int64_t calls = most(1, right_panels * panels * ceil_div(length, kTileK));
           prefetch.per_call = ceil_div(prefetch.row_lines * prefetch.rows_left, calls);
-          if (prefetch.per_call > 16) prefetch.rows_left = 0;  // the hardware's own will do
+          if (prefetch.per_call > (direct ? 16 : 32)) prefetch.rows_left = 0;  // the hardware's own will do
         }
         for (int64_t rg = 0; rg < right_groups; ++rg) {
           float* c = sums.data() + (keep ? group * right_groups * kPanelSide * kRightGroup : 0);
@@ -526,7 +532,7 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
               if (rg == 0 && rp == 0 && packs_ahead(p, length)) {
                 PackAhead<Kind, 2> packer{sides.left.data + (l + p * kPanelSide) * sides.left.rows->step() + k0 + from,
                                           sides.left.rows->step(), left[p].blocks,
-                                          left_packed.data() + p * left_bytes, right_panels > 1, {}};
+                                          left_packed.data() + p * left_bytes, right_panels > 1, &prefetch, {}};
                 const auto multiply = two_right ? multiply_tiles<Kind, 2, 2, kSwapped, PackAhead<Kind, 2>>
                                                 : multiply_tiles<Kind, 2, 1, kSwapped, PackAhead<Kind, 2>>;
                 multiply(left[p], right_panel, at, kRightGroup, add, &packer);
