@@ -41,15 +41,19 @@ inline Acc dot(const Acc* a, const Acc* b, int64_t k) {
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-inline int32_t integer_dot(const int8_t* a, const int8_t* b, int64_t k) {
+// 16-bit operands, because most instruction sets add pairs of their products at once; the compiler finds that.
+ISOTILE_INLINE int32_t dot_of_pairs(const int16_t* a, const int16_t* b, int64_t k) {
   int32_t sum = 0;
   for (int64_t i = 0; i < k; ++i) sum += static_cast<int32_t>(a[i]) * static_cast<int32_t>(b[i]);
   return sum;
 }
-inline int32_t integer_sum(const int8_t* a, int64_t k) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < k; ++i) sum += a[i];
-  return sum;
+inline int32_t integer_dot(const int16_t* a, const int16_t* b, int64_t k) {
+  switch (k) {  // short loops want to be unrolled
+    case 32: return dot_of_pairs(a, b, 32);
+    case 64: return dot_of_pairs(a, b, 64);
+    case 128: return dot_of_pairs(a, b, 128);
+    default: return dot_of_pairs(a, b, k);
+  }
 }
 
 constexpr int64_t kColumns = 64;  // results that are finished together
@@ -100,35 +104,49 @@ inline void any_float(const Problem& p) {
 // Integers times integers, exact within a group.
 template <class Acc>
 inline void any_integer(const Problem& p) {
-  const int64_t m = p.m, k = p.w.k;
-  Scratch<int8_t> rows(m * k);
+  const int64_t m = p.m, k = p.w.k, groups = p.w.groups;
+  Scratch<int16_t> rows(m * k);
+  Scratch<int32_t> row_sums(p.w.has_offsets() ? m * groups : 0);  // of each group
   Scratch<float> scales(m);
+  const auto group_at = [&](int64_t g) { return least(p.w.group, k - g * p.w.group); };
   dispatch_float(p.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for (int64_t i = 0; i < m; ++i) {
       const T* x = static_cast<const T*>(p.x.data) + p.x.rows.at(i);
-      int8_t* row = rows.data() + i * k;
+      int16_t* row = rows.data() + i * k;
       const RowScale scale = row_scale(x, p.x.col, k, 127.0f);
       scales[i] = scale.scale;
       quantize_row<false>(x, p.x.col, k, scale, [&](int64_t l, Vec<float> v, int64_t n) {
         float lanes[Vec<float>::kLanes];
         v.store(lanes);
-        for (int64_t u = 0; u < Vec<float>::kLanes && u < n; ++u) row[l + u] = static_cast<int8_t>(lanes[u]);
+        for (int64_t u = 0; u < Vec<float>::kLanes && u < n; ++u) row[l + u] = static_cast<int16_t>(lanes[u]);
       });
+      for (int64_t g = 0; g < groups && p.w.has_offsets(); ++g) {
+        int32_t sum = 0;
+        for (int64_t l = 0; l < group_at(g); ++l) sum += row[g * p.w.group + l];
+        row_sums[i * groups + g] = sum;
+      }
     }
   });
   by_columns<Acc>(p, [&](int64_t j, Acc* c) {
-    Scratch<int8_t> weight(k);
-    integers_of_row(p.w, j, 0, k, weight.data());
+    Scratch<int8_t> stored(k);
+    Scratch<int16_t> weight(k);
+    Scratch<Acc> factors(groups), offsets(groups);
+    integers_of_row(p.w, j, 0, k, stored.data());
+    for (int64_t g = 0; g < groups; ++g) {
+      const int16_t zero = p.w.four_bits() && !p.w.has_offsets() ? static_cast<int16_t>(p.w.zero(j, g)) : 0;
+      for (int64_t l = g * p.w.group; l < g * p.w.group + group_at(g); ++l)
+        weight[l] = static_cast<int16_t>(stored[l] - zero);
+      factors[g] = static_cast<Acc>(p.w.scale(j, g));
+      offsets[g] = p.w.has_offsets() ? static_cast<Acc>(p.w.offset(j, g)) : Acc(0);
+    }
     for (int64_t i = 0; i < m; ++i) {
+      const int16_t* row = rows.data() + i * k;
       Acc t = 0;
-      for (int64_t g = 0; g < p.w.groups; ++g) {
-        const int64_t k0 = g * p.w.group, length = least(p.w.group, k - k0);
-        const int8_t* q = rows.data() + i * k + k0;
-        int32_t sum = integer_dot(q, weight.data() + k0, length);
-        if (p.w.four_bits() && !p.w.has_offsets()) sum -= p.w.zero(j, g) * integer_sum(q, length);
-        t = t + static_cast<Acc>(sum) * static_cast<Acc>(p.w.scale(j, g));
-        if (p.w.has_offsets()) t = t + static_cast<Acc>(integer_sum(q, length)) * static_cast<Acc>(p.w.offset(j, g));
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k0 = g * p.w.group;
+        t = t + static_cast<Acc>(integer_dot(row + k0, weight.data() + k0, group_at(g))) * factors[g];
+        if (p.w.has_offsets()) t = t + static_cast<Acc>(row_sums[i * groups + g]) * offsets[g];
       }
       c[i * kColumns] = t * static_cast<Acc>(scales[i]);
     }

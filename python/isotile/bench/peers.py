@@ -397,9 +397,9 @@ class ZenTorch(Library):
         need(v["scheme"] in ("int4", "int4_dynamic") and v["group_size"] > 0, "it has no such format")
         codes = elements(v["packed"], "int4", x.shape[-1], torch.float32).to(torch.int8) - 8
         packed = ops.zentorch_woq_repack_weight(codes)
+        need(x.dtype == torch.bfloat16, "activations of four-bit weights are bfloat16")
         if v["scheme"] == "int4_dynamic":
             return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scales.float().t().contiguous(), bias)
-        need(x.dtype == torch.bfloat16, "without dynamic activations they are bfloat16")
         scales = scales.bfloat16().t().contiguous()
         return functools.partial(ops.zentorch_woq_linear, x, packed.transpose(0, 1), scales, None, bias)
 
