@@ -25,17 +25,19 @@ struct PartFactors {
   static constexpr int64_t kMost = kMadeElements / 16;
   const QuantizedWeight& w;
   int64_t first, n;
+  bool whole;  // all groups of the pieces exist, and so can be read where they lie
   const float* scales = copies;
   float copies[kMost], offsets[kMost];
 
   PartFactors(const QuantizedWeight& weight, int64_t k0, int64_t count) : w(weight) {
     first = w.groups > 1 ? k0 / w.group : 0;
     n = w.groups > 1 ? ceil_div(count, w.group) : 1;
+    whole = w.groups == 1 || n * w.group == ceil_div(count, kPiece) * kPiece;
     for (int64_t g = 0; g < kMost; ++g) copies[g] = 0.0f, offsets[g] = 8.0f;
   }
   ISOTILE_INLINE void row(int64_t i) {
     const int64_t at = i * w.groups + first;
-    if (w.scales_dtype == DType::kFloat32 && (n == 1 || n == kMost)) {
+    if (whole && w.scales_dtype == DType::kFloat32) {
       scales = static_cast<const float*>(w.scales) + at;
     } else if (w.scales_dtype != DType::kUInt8) {
       load_any<false, float>(w.scales, w.scales_dtype, at, 1, n).store(copies);
