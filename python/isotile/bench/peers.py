@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -352,9 +353,28 @@ class OnnxRuntime(Library):
 
 
 class ZenTorch(Library):
-    """AMD's ZenDNN through the operators that zentorch's compiler passes put in, weights packed as those passes do."""
+    """AMD's ZenDNN through the operators that zentorch's compiler passes put in, weights packed as those passes do.
+
+    Its import adds operators, their lowerings and a backend of torch.compile; it replaces no operator, lowering,
+    decomposition or fusion pattern of PyTorch (2.13.0.2), so that the other rivals stay what they are.
+    """
 
     module, package, devices = "zentorch", "zentorch", ("cpu",)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        try:
+            reason = super().missing()
+        except OSError as error:  # its library is loaded by hand
+            return f"{error}; pip install {cls.package}"
+        if reason is None and getattr(sys.modules[cls.module], "__stable_abi_only__", False):
+            return f"it was built for another PyTorch than {torch.__version__} and has only some of its operators here"
+        return reason
+
+    def bind(self, spec: OpSpec, values: dict[str, Any]) -> Call:
+        if any(isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16 for v in values.values()):
+            need(torch.ops.zentorch.zentorch_is_bf16_supported(), "it has no bfloat16 on this processor")
+        return super().bind(spec, values)
 
     def linear(self, v: dict[str, Any]) -> Call:
         _plain_product(self.name, v)
@@ -371,10 +391,10 @@ class ZenTorch(Library):
     def rms_norm(self, v: dict[str, Any]) -> Call:
         _no_residual(self.name, v)
         _last_dim(v)
-        need(v["weight"] is not None and v["weight_offset"] == 0, "it wants a weight without an offset")
+        need(v["weight"] is not None, "it wants a weight")
         need(v["x"].dtype == v["weight"].dtype and v["x"].dtype != torch.float16, "it has float32 and bfloat16")
         eps = torch.finfo(v["x"].dtype).eps if v["eps"] is None else v["eps"]
-        return functools.partial(torch.ops.zentorch.zentorch_rms_norm, v["x"], v["weight"], eps)
+        return functools.partial(torch.ops.zentorch.zentorch_rms_norm, v["x"], v["weight"] + v["weight_offset"], eps)
 
     def attention(self, v: dict[str, Any]) -> Call:
         _plain_attention(self.name, v)
@@ -390,11 +410,14 @@ class ZenTorch(Library):
         need(v["activation"] is None and v["zeros"] is None, "it is compared symmetric, without an activation")
         need(v["x"].dtype in (torch.float32, torch.bfloat16), "its activations are float32 or bfloat16")
         ops, x, scales, bias = torch.ops.zentorch, v["x"], v["scales"], v["bias"]
+        ops.zentorch_clear_weight_cache()  # by address: a new weight could get the layout of one that is gone
         if v["scheme"] == "int8_dynamic" and v["group_size"] == -1:
-            packed = ops.zentorch_weight_prepack_for_dynamic_qlinear(v["packed"].view(torch.int8).clone())
-            scale = scales[:, 0].float().contiguous()
-            return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scale, bias, is_weight_prepacked=True)
+            # Its own packing beforehand gives a wrong product for 4096 x 4096, so that the first call does it.
+            weight, scale = v["packed"].view(torch.int8).clone(), scales[:, 0].float().contiguous()
+            return functools.partial(ops.zentorch_dynamic_qlinear, x, weight, scale, bias)
         need(v["scheme"] in ("int4", "int4_dynamic") and v["group_size"] > 0, "it has no such format")
+        need(x.dtype == torch.bfloat16, "beside a weight of four bits its activations are bfloat16")
+        need(x.shape[-1] % v["group_size"] == 0, "it wants whole groups")
         codes = elements(v["packed"], "int4", x.shape[-1], torch.float32).to(torch.int8) - 8
         packed = ops.zentorch_woq_repack_weight(codes)
         need(x.dtype == torch.bfloat16, "activations of four-bit weights are bfloat16")
@@ -402,6 +425,9 @@ class ZenTorch(Library):
             return functools.partial(ops.zentorch_dynamic_qlinear, x, packed, scales.float().t().contiguous(), bias)
         scales = scales.bfloat16().t().contiguous()
         return functools.partial(ops.zentorch_woq_linear, x, packed.transpose(0, 1), scales, None, bias)
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "weights": "packed once"}
 
 
 def _plain_attention(name: str, v: dict[str, Any], also: tuple[str, ...] = ()) -> None:
