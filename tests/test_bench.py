@@ -590,10 +590,6 @@ def test_rival_says_what_it_does_not_take(rival):
         ("torch-quantized", 0, torch.float32),
         ("onnxruntime", 0, torch.float32),
         ("onnxruntime", 1, torch.float32),
-        ("zentorch", 0, torch.float32),
-        ("zentorch", 0, torch.bfloat16),
-        ("zentorch", 1, torch.bfloat16),
-        ("zentorch", 3, torch.bfloat16),
         ("torch-quantized", 2, torch.bfloat16),
         ("torch-quantized", 3, torch.bfloat16),
         ("torchao", 0, torch.bfloat16),
@@ -612,30 +608,6 @@ def test_rival_of_a_quantised_layer_is_the_same_function(rival, case, dtype):
     judge = Judge(workload, inputs)
     assert judge.forward((found,), False, rival).ok
     assert relative_error(found, judge.expected["y"].truth) < 0.02
-
-
-def test_zentorch_takes_no_layout_of_a_weight_that_is_gone():
-    """It keeps layouts of four-bit weights by address, and addresses come again."""
-    contender = RIVALS["zentorch"]("zentorch")
-    reason = contender.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    workload = Workload(
-        registry.spec("quantized_linear"),
-        Case("here", "bench", SMALL["quantized_linear"][3]),
-        torch.bfloat16,
-        "forward",
-    )
-    values = Inputs(workload, 0, False).sets[0]
-    flipped = {**values, "packed": ~values["packed"]}  # code c becomes 15 - c
-    with torch.no_grad():
-        for _ in range(8):
-            found = [contender.bind(workload.spec, v)().double() for v in (values, flipped)]
-            # (c - 8) + (15 - c - 8) = -1 in every element
-            minus = contender.bind(
-                workload.spec, {**values, "packed": torch.full_like(values["packed"], 0x77)}
-            )().double()
-            assert (found[0] + found[1] - minus).norm() < 0.02 * found[0].norm()
 
 
 def test_missing_rival_is_named_and_the_others_run(tmp_path, plant, monkeypatch, capsys):
