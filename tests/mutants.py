@@ -406,6 +406,15 @@ KERNELS = [
         isa="avx512_bf16",
     ),
     Mutant(
+        "quantized_zero_of_the_first_group",
+        "csrc/ops/quantized_linear.cc",
+        "static_cast<int16_t>(p.w.zero(j, g)) : 0;",
+        "static_cast<int16_t>(p.w.zero(j, 0)) : 0;",
+        "every group of dynamic integers takes off the first group's zero point",
+        ("tests/test_quantized_linear.py::test_grouped_integers_are_exact_where_float32_is[cpu-float32]",),
+        ("quantized_linear",),
+    ),
+    Mutant(
         "quantized_scales_of_the_first_part",
         "csrc/ops/_quantized_bfloat16.h",
         "first = w.groups > 1 ? k0 / w.group : 0;",
