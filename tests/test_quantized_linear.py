@@ -67,6 +67,63 @@ def test_integer_products_have_the_references_bits(backend, m, n, k):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("m", (1, 4, 20))
+def test_integers_of_the_largest_magnitude(m, backend):
+    """Sums that would overflow 16 bits, of weights as large as the packed format holds."""
+    signs = torch.ones(m, 1)
+    signs[1::2] = -1
+    x = signs.expand(m, 512).contiguous()  # q is 127 or -127
+    for scheme, code in (("int8_dynamic", 127), ("int8_dynamic", 128), ("int4_dynamic", 0xFF), ("int4_dynamic", 0)):
+        for group_size in (None,) if scheme == "int8_dynamic" else (32, 128, None):
+            q = weight(19, 512, scheme, group_size, symmetric=False if scheme == "int4_dynamic" else None)
+            q.packed.fill_(code - 256 if q.packed.dtype == torch.int8 and code > 127 else code)
+            if q.zeros is not None:
+                q.zeros.fill_(0 if code else 15)
+            q.scales.fill_(1.0)
+            with isotile.use_backend("reference"):
+                want = isotile.quantized_linear(x, q)
+            with isotile.use_backend(backend):
+                assert torch.equal(isotile.quantized_linear(x, q), want), (scheme, code, group_size)
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("scheme", ("int4", "int4_dynamic"))
+@pytest.mark.parametrize("zero", (16, 128, 255))
+def test_zero_points_beyond_the_codes(zero, scheme, backend):
+    q = weight(40, 256, scheme, 32, symmetric=False)
+    q.zeros.fill_(zero)
+    q.scales.fill_(1.0)
+    for m in (1, 4, 40):
+        x = torch.ones(m, 256)
+        x[1::2] = -1
+        with isotile.use_backend("reference"):
+            want = isotile.quantized_linear(x, q)
+        with isotile.use_backend(backend):
+            assert torch.equal(isotile.quantized_linear(x, q), want)
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("scheme", ("fp8", "mxfp4"))
+def test_weights_below_the_normal_numbers_are_not_flushed(scheme, backend):
+    """They are float8's subnormals, but normal float32: `torch.set_flush_denormal` does not concern them."""
+    q = weight(37, 256, scheme)
+    q.packed.copy_(torch.arange(q.packed.numel()).remainder(4 if scheme == "fp8" else 256).view(q.packed.shape))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    torch.set_flush_denormal(False)
+    with isotile.use_backend(backend):
+        for m in (1, 40):
+            want = isotile.quantized_linear(randn(m, 256), q)
+            assert want.any()
+            try:
+                torch.set_flush_denormal(True)
+                got = isotile.quantized_linear(randn(m, 256), q)
+            finally:
+                torch.set_flush_denormal(False)
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=name_of)
 @pytest.mark.parametrize("backend", (*CPUS, "reference", "nki"))
 def test_grouped_integers_are_exact_where_float32_is(backend, dtype):

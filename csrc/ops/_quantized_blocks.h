@@ -1,41 +1,85 @@
-// Quantised integers, many rows: y.T = weight @ x.T in blocks of 32 rows of the weight by 32 rows of x.
+// Quantised integers, many rows: y.T = weight @ x.T in blocks of kSide rows of the weight by kSide rows of x.
 //
-// The weight's rows are unpacked once into signed bytes, k along the row, which is how a matrix tile (and a broadcast
-// of four bytes) wants its first operand. x is quantised into tiles of [16 quads of k][16 rows][4], which is how it wants
-// the second. A group of the weight is summed exactly in int32, then scaled into float32 sums.
+// The weight's rows are unpacked once into Q, k along the row, which is how a matrix tile (and a broadcast of four bytes)
+// wants its first operand. x is quantised into tiles of [k][lanes of 32 bits], each lane the next elements of k of one
+// row, which is how it wants the second. A group of the weight is summed exactly in int32, then scaled into float32 sums.
+//
+// Q is a byte; without vpdpbusd, whose place two older instructions take, it is 16 bits for int8 weights: their products
+// two by two do not fit into 16 bits.
 #pragma once
 #include "base/scratch.h"
 #include "ops/_gemm_pack.h"
 #include "ops/_quantized_few_rows.h"
 #include "simd/tile.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 namespace isotile {
 namespace ISOTILE_ISA {
 
-constexpr int64_t kSide = 32;          // of a block
-constexpr int64_t kStep = 64;          // elements of k in one tile
-constexpr int64_t kRowsOfWeight = 128;  // unpacked together: k of them stay in L2
+constexpr int64_t kLanesOfX = Vec<float>::kLanes;
+constexpr int64_t kSide = 2 * kLanesOfX;  // of a block
+constexpr int64_t kStep = 64;             // elements of k in one tile
+constexpr int64_t kRowsOfWeight = kLanesOfX * 8;  // unpacked together: k of them stay in L2
 
 // x's tiles are signed for matrix tiles; vpdpbusd wants its first operand unsigned, so there they hold q + 128.
+// Otherwise four-bit weights stay unsigned: a zero point times the sum of q is taken off each group's sum.
+#if defined(__AVX512VNNI__)
 constexpr int kBias = ISOTILE_HAS_TILES ? 0 : 128;
+inline bool zeros_later(const QuantizedWeight&) { return false; }
+#else
+constexpr int kBias = 0;
+inline bool zeros_later(const QuantizedWeight& w) { return w.four_bits() && !w.has_offsets(); }
+#endif
 
-// Rows [i0, i0 + rows) of the weight as signed bytes [kRowsOfWeight][ld], zero points taken off; and what the bias of
-// x adds to each group's sum, [row][groups].
-inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, int8_t* out, int64_t ld, int32_t* biases,
+ISOTILE_INLINE void transpose_square(Vec<float> (&v)[kLanesOfX]) {
+#if defined(__AVX512F__)
+  __m512 m[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) m[i] = v[i].v;
+  transpose_16x16(m);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i].v = m[i];
+#else
+  __m256 t[8], r[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i].v, v[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {  // r[i + c]: rows i ... i + 3, columns c and 4 + c
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0x44);
+      r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0xee);
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    v[c].v = _mm256_permute2f128_ps(r[c], r[4 + c], 0x20);
+    v[4 + c].v = _mm256_permute2f128_ps(r[c], r[4 + c], 0x31);
+  }
+#endif
+}
+
+// Rows [i0, i0 + rows) of the weight [kRowsOfWeight][ld]; and what is taken off each group's sum, [row][groups]: what the
+// bias of x adds, or what the sum of q is multiplied by. Up to whole blocks zeros follow.
+template <class Q>
+inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, Q* out, int64_t ld, int32_t* corrections,
                         RowFactors* f) {
   const int64_t pieces = ceil_div(w.k, kPiece);
-  const __m512i low = _mm512_set1_epi8(15);
   for (int64_t i = 0; i < rows; ++i) {
     const uint8_t* row = w.row(i0 + i);
-    int8_t* to = out + i * ld;
+    Q* to = out + i * ld;
     if (!w.four_bits()) {
-      __builtin_memcpy(to, row, static_cast<size_t>(w.k));
-      __builtin_memset(to + w.k, 0, static_cast<size_t>(pieces * kPiece - w.k));
+      for (int64_t l = 0; l < w.k; ++l) to[l] = static_cast<int8_t>(row[l]);
     } else {
       if (!w.has_offsets()) f->load(w, i0 + i);
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        const __m512i bytes = _mm512_loadu_si512(row + piece * (kPiece / 2));
+        const uint8_t* bytes = row + piece * (kPiece / 2);
+        Q* at = to + piece * kPiece;
+#if defined(__AVX512VNNI__)
+        const __m512i low = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(bytes);
         __m512i zero[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         if (!w.has_offsets()) {
           const int64_t per = f->per_piece;
@@ -46,32 +90,39 @@ inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, int8
                                          _mm256_set1_epi8(static_cast<char>(b)), 1);
           }
         }
-        _mm512_storeu_si512(to + piece * kPiece, _mm512_sub_epi8(_mm512_and_si512(bytes, low), zero[0]));
-        _mm512_storeu_si512(to + piece * kPiece + 64,
-                            _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), zero[1]));
-      }
-      if (w.k % kPiece != 0) __builtin_memset(to + w.k, 0, static_cast<size_t>(pieces * kPiece - w.k));
-    }
-    if (kBias != 0) {
-      for (int64_t g = 0; g < w.groups; ++g) {
-        const int64_t k0 = g * w.group, k1 = least(k0 + w.group, w.k);
-        __m512i sum = _mm512_setzero_si512();
-        for (int64_t k = k0; k < k1; k += 32)
-          sum = _mm512_dpbusd_epi32(
-              sum, _mm512_set1_epi8(static_cast<char>(kBias)),
-              _mm512_zextsi256_si512(_mm256_maskz_loadu_epi8(
-                  k1 - k >= 32 ? ~__mmask32{0} : (__mmask32{1} << (k1 - k)) - 1, to + k)));
-        biases[i * w.groups + g] = _mm512_reduce_add_epi32(sum);
+        _mm512_storeu_si512(at, _mm512_sub_epi8(_mm512_and_si512(codes, low), zero[0]));
+        _mm512_storeu_si512(at + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(codes, 4), low), zero[1]));
+#else
+        for (int64_t l = 0; l < kPiece / 2; ++l) {
+          at[l] = static_cast<Q>(bytes[l] & 15);
+          at[kPiece / 2 + l] = static_cast<Q>(bytes[l] >> 4);
+        }
+#endif
       }
     }
+    __builtin_memset(to + w.k, 0, static_cast<size_t>(pieces * kPiece - w.k) * sizeof(Q));
+#if defined(__AVX512VNNI__)
+    for (int64_t g = 0; g < w.groups && kBias != 0; ++g) {
+      const int64_t k0 = g * w.group, k1 = least(k0 + w.group, w.k);
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t k = k0; k < k1; k += 32)
+        sum = _mm512_dpbusd_epi32(
+            sum, _mm512_set1_epi8(static_cast<char>(kBias)),
+            _mm512_zextsi256_si512(_mm256_maskz_loadu_epi8(
+                k1 - k >= 32 ? ~__mmask32{0} : (__mmask32{1} << (k1 - k)) - 1, to + k)));
+      corrections[i * w.groups + g] = _mm512_reduce_add_epi32(sum);
+    }
+#else
+    for (int64_t g = 0; g < w.groups && zeros_later(w); ++g) corrections[i * w.groups + g] = f->zeros[g];
+#endif
   }
   for (int64_t i = rows; i < ceil_div(rows, kSide) * kSide; ++i) {
-    __builtin_memset(out + i * ld, 0, static_cast<size_t>(pieces * kPiece));
-    for (int64_t g = 0; g < w.groups && kBias != 0; ++g) biases[i * w.groups + g] = 0;
+    __builtin_memset(out + i * ld, 0, static_cast<size_t>(pieces * kPiece) * sizeof(Q));
+    for (int64_t g = 0; g < w.groups && (kBias != 0 || zeros_later(w)); ++g) corrections[i * w.groups + g] = 0;
   }
 }
 
-// c [32 rows of the weight][32 rows of x] = the sums over elements [k0, k0 + length) of k; length a multiple of 32.
+// c [kSide rows of the weight][kSide rows of x] = the sums over elements [k0, k0 + length) of k; length a multiple of 32.
 // x: two columns of tiles, `column` bytes apart. `scope` is the thread's configuration of matrix tiles.
 #if ISOTILE_HAS_TILES
 constexpr tiles::Config kWhole = tiles::Config::uniform();
@@ -107,7 +158,7 @@ inline void sum_block(const int8_t* w, int64_t ld, const uint8_t* x, int64_t col
   tiles::store<2>(c + 16 * kSide, kSide * 4);
   tiles::store<3>(c + 16 * kSide + 16, kSide * 4);
 }
-#else
+#elif defined(__AVX512VNNI__)
 inline void sum_block(const int8_t* w, int64_t ld, const uint8_t* x, int64_t column, int64_t k0, int64_t length,
                       int32_t* c) {
   constexpr int kRows = 8;
@@ -134,20 +185,78 @@ inline void sum_block(const int8_t* w, int64_t ld, const uint8_t* x, int64_t col
     }
   }
 }
+#else
+#if defined(__AVX512F__)
+ISOTILE_INLINE Vec<int32_t> multiply_bytes(Vec<int32_t> a, Vec<int32_t> b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
+ISOTILE_INLINE Vec<int32_t> multiply_words(Vec<int32_t> a, Vec<int32_t> b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+ISOTILE_INLINE Vec<int32_t> add_words(Vec<int32_t> a, Vec<int32_t> b) { return {_mm512_add_epi16(a.v, b.v)}; }
+#else
+ISOTILE_INLINE Vec<int32_t> multiply_bytes(Vec<int32_t> a, Vec<int32_t> b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
+ISOTILE_INLINE Vec<int32_t> multiply_words(Vec<int32_t> a, Vec<int32_t> b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+ISOTILE_INLINE Vec<int32_t> add_words(Vec<int32_t> a, Vec<int32_t> b) { return {_mm256_add_epi16(a.v, b.v)}; }
 #endif
 
-// Rows [i0, i0 + rows) of the weight, against all of x. x: tiles [ceil(m / 16)][pieces * 2][16][16][4]; row_sums: the
-// sums of q over each group [groups][m rounded up], for offsets; row_scales [m rounded up].
+// Bytes: two products of a four-bit number and q are below 3840, so 16 bits hold the sums of eight steps.
+template <class Q>
+inline void sum_block(const Q* w, int64_t ld, const uint8_t* x, int64_t column, int64_t k0, int64_t length, int32_t* c) {
+  using I = Vec<int32_t>;
+  constexpr bool kBytes = sizeof(Q) == 1;
+  constexpr int kRows = kLanesOfX == 16 ? 8 : 4;
+  constexpr int64_t kPer = 4 / sizeof(Q), kChunk = 256;  // of k: in a lane; x of this much stays in L1
+  const I ones = I::set1(0x00010001);
+  for (int64_t chunk = k0; chunk < k0 + length; chunk += kChunk) {
+    const int64_t end = least(chunk + kChunk, k0 + length);
+    for (int64_t i = 0; i < kSide; i += kRows) {
+      for (int64_t k = chunk, part = k; part < end; part = k) {
+        I acc[kRows][2];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = I::zero();
+        const int64_t stop = kBytes ? part + 8 * kPer : end;
+#pragma GCC unroll 8
+        for (; k < stop; k += kPer) {
+          const auto* at = reinterpret_cast<const int32_t*>(x + k * kLanesOfX * sizeof(Q));
+          const I x0 = I::load(at), x1 = I::load(at + column / 4);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            int32_t some;
+            __builtin_memcpy(&some, w + (i + r) * ld + k, 4);
+            const I v = I::set1(some);
+            acc[r][0] = kBytes ? add_words(acc[r][0], multiply_bytes(v, x0)) : acc[r][0] + multiply_words(v, x0);
+            acc[r][1] = kBytes ? add_words(acc[r][1], multiply_bytes(v, x1)) : acc[r][1] + multiply_words(v, x1);
+          }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) {
+            I sum = kBytes ? multiply_words(acc[r][h], ones) : acc[r][h];
+            int32_t* to = c + (i + r) * kSide + h * kLanesOfX;
+            if (part != k0) sum = sum + I::load(to);
+            sum.store(to);
+          }
+        }
+      }
+    }
+  }
+}
+#endif
+
+// Rows [i0, i0 + rows) of the weight, against all of x. x: tiles [ceil(m / lanes)][padded k of Q][lanes]; row_sums: the
+// sums of q over each group [groups][m rounded up], for offsets and zero points; row_scales [m rounded up].
+template <class Q>
 inline void integer_blocks(const QuantizedWeight& w, const Epilogue& out, int64_t m, int64_t i0, int64_t rows,
                            const uint8_t* x, const int32_t* row_sums, const float* row_scales) {
+  using V = Vec<float>;
+  using I = Vec<int32_t>;
   const int64_t pieces = ceil_div(w.k, kPiece), padded = pieces * kPiece, ld = padded + 64;
-  const int64_t column = padded * 16, m_padded = ceil_div(m, kSide) * kSide;
-  Scratch<int8_t> unpacked(kRowsOfWeight * ld);
-  Scratch<int32_t> biases(kBias != 0 ? kRowsOfWeight * w.groups : 0);
+  const int64_t column = padded * kLanesOfX * sizeof(Q), m_padded = ceil_div(m, kSide) * kSide;
+  const bool later = zeros_later(w);
+  Scratch<Q> unpacked(kRowsOfWeight * ld);
+  Scratch<int32_t> corrections(kBias != 0 || later ? kRowsOfWeight * w.groups : 0);
   Scratch<float> scales(kRowsOfWeight * w.groups), offsets(w.has_offsets() ? kRowsOfWeight * w.groups : 0);
   Scratch<float> result(kSide * kRowsOfWeight);
   RowFactors f(w);
-  unpack_rows(w, i0, rows, unpacked.data(), ld, biases.data(), &f);
+  unpack_rows(w, i0, rows, unpacked.data(), ld, corrections.data(), &f);
   const int64_t blocks = ceil_div(rows, kSide);
   for (int64_t i = 0; i < blocks * kSide; ++i) {
     float* s = scales.data() + i * w.groups;
@@ -167,9 +276,9 @@ inline void integer_blocks(const QuantizedWeight& w, const Epilogue& out, int64_
   alignas(64) int32_t c[kSide * kSide];
   alignas(64) float sums[kSide * kSide];
   for (int64_t m0 = 0; m0 < m_padded; m0 += kSide) {
-    const uint8_t* columns = x + m0 / 16 * column;
+    const uint8_t* columns = x + m0 / kLanesOfX * column;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int8_t* at = unpacked.data() + b * kSide * ld;
+      const Q* at = unpacked.data() + b * kSide * ld;
       for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t k0 = g * w.group, length = w.groups == 1 ? padded : least(w.group, padded - k0);
 #if ISOTILE_HAS_TILES
@@ -178,31 +287,29 @@ inline void integer_blocks(const QuantizedWeight& w, const Epilogue& out, int64_
         sum_block(at, ld, columns, column, k0, length, c);
         for (int64_t i = 0; i < kSide; ++i) {
           const int64_t row = (b * kSide + i) * w.groups + g;
-          const __m512 scale = _mm512_set1_ps(scales[row]);
+          const V scale = V::set1(scales[row]);
 #pragma GCC unroll 2
-          for (int64_t h = 0; h < kSide; h += 16) {
-            __m512i exact = _mm512_load_si512(c + i * kSide + h);
-            if (kBias != 0) exact = _mm512_sub_epi32(exact, _mm512_set1_epi32(biases[row]));
-            __m512 sum = _mm512_cvtepi32_ps(exact);
-            sum = g == 0 ? _mm512_mul_ps(sum, scale)
-                         : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(sums + i * kSide + h));
-            if (w.has_offsets())
-              sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(row_sums + g * m_padded + m0 + h)),
-                                    _mm512_set1_ps(offsets[row]), sum);
-            _mm512_store_ps(sums + i * kSide + h, sum);
+          for (int64_t h = 0; h < kSide; h += kLanesOfX) {
+            const int32_t* of_x = row_sums + g * m_padded + m0 + h;
+            I exact = I::load(c + i * kSide + h);
+            if (kBias != 0) exact = exact - I::set1(corrections[row]);
+            if (later) exact = exact - I::set1(corrections[row]) * I::load(of_x);
+            V sum = to_float(exact);
+            sum = g == 0 ? sum * scale : fma(sum, scale, V::load(sums + i * kSide + h));
+            if (w.has_offsets()) sum = fma(to_float(I::load(of_x)), V::set1(offsets[row]), sum);
+            sum.store(sums + i * kSide + h);
           }
         }
       }
-      for (int64_t i = 0; i < kSide; i += 16) {
-        for (int64_t h = 0; h < kSide; h += 16) {
-          __m512 v[16];
-          const __m512 row_scale = _mm512_loadu_ps(row_scales + m0 + h);
+      for (int64_t i = 0; i < kSide; i += kLanesOfX) {
+        for (int64_t h = 0; h < kSide; h += kLanesOfX) {
+          V v[kLanesOfX];
+          const V row_scale = V::load(row_scales + m0 + h);
 #pragma GCC unroll 16
-          for (int64_t r = 0; r < 16; ++r) v[r] = _mm512_mul_ps(_mm512_load_ps(sums + (i + r) * kSide + h), row_scale);
-          transpose_16x16(v);
+          for (int64_t r = 0; r < kLanesOfX; ++r) v[r] = V::load(sums + (i + r) * kSide + h) * row_scale;
+          transpose_square(v);
 #pragma GCC unroll 16
-          for (int64_t r = 0; r < 16; ++r)
-            _mm512_storeu_ps(result.data() + (h + r) * kRowsOfWeight + b * kSide + i, v[r]);
+          for (int64_t r = 0; r < kLanesOfX; ++r) v[r].store(result.data() + (h + r) * kRowsOfWeight + b * kSide + i);
         }
       }
     }

@@ -1,15 +1,16 @@
 // Quantised products of few rows, where reading the weight is the work: each row of the weight goes from memory through
-// registers into the products, once for every row of x. AVX-512; the dynamic integers also need VNNI.
+// registers into the products, once for every row of x. Floats on every set, dynamic integers from AVX2 on.
 //
 // Lanes lie along k. A piece is 128 elements of k: 64 bytes of nibbles, whose low halves are the first 64 elements and
 // whose high halves are the other 64, or 128 bytes.
 #pragma once
+#include <type_traits>
+
 #include "base/scratch.h"
 #include "ops/_gemm_epilogue.h"
 #include "ops/_gemm_pack.h"
 #include "ops/_quantized_format.h"
 
-#if defined(__AVX512F__)
 namespace isotile {
 namespace ISOTILE_ISA {
 
@@ -43,7 +44,7 @@ struct RowFactors {
   ISOTILE_INLINE int64_t group(int64_t piece, int v) const { return piece * per_piece + (per_piece ? v >> shift : 0); }
 
   static void load_row(const void* data, DType dtype, int64_t at, int64_t n, float* out) {
-    for (int64_t g = 0; g < n; g += 16)
+    for (int64_t g = 0; g < n; g += Vec<float>::kLanes)
       load_any<false, float>(data, dtype, at + g, 1, n - g).store(out + g, n - g);
   }
   void load(const QuantizedWeight& w, int64_t i) {
@@ -58,22 +59,25 @@ struct RowFactors {
 
 // --- weights as float32 ----------------------------------------------------------------------------------------------
 
-// Sixteen e4m3 numbers.
+// Elements that leave registers together.
+constexpr int64_t kAtOnce = Vec<float>::kLanes == 16 ? kPiece : 32;
+constexpr int kVectorsAtOnce = kAtOnce / Vec<float>::kLanes;
+
+#if defined(__AVX512F__)
+// Sixteen e4m3 numbers. As float16 they are 256 times smaller, subnormals included: unlike float32's, these are never
+// flushed to zero.
 ISOTILE_INLINE __m512 floats_of_e4m3(__m128i bytes) {
-  const __m512i b = _mm512_cvtepu8_epi32(bytes);
-  const __m512i magnitude = _mm512_and_si512(b, _mm512_set1_epi32(127));
-  // exponent and mantissa in place, the exponent's bias from 7 to 127 by a product, which also makes subnormals right
-  __m512 v = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20)), _mm512_set1_ps(0x1p120f));
-  v = _mm512_mask_mov_ps(v, _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(127)),
-                         _mm512_set1_ps(__builtin_nanf("")));
-  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(b, _mm512_set1_epi32(128)), 24);
-  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(v), sign));
+  const __m256i wide = _mm256_cvtepi8_epi16(bytes), most = _mm256_set1_epi16(127);
+  __m256i halves = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  halves = _mm256_mask_mov_epi16(halves, _mm256_cmpeq_epi16_mask(_mm256_and_si256(wide, most), most),
+                                 _mm256_set1_epi16(0x7e00));
+  return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0f));
 }
 
-// Piece `piece` of row i as dequantised float32 vectors: out[v] holds elements 16 v ... of the piece.
-template <class Factors>
-ISOTILE_INLINE void piece_of_row(const QuantizedWeight& w, const uint8_t* row, const Factors& f, int64_t piece,
-                                 __m512 (&out)[8]) {
+// Elements kAtOnce * piece ... of a row, dequantised; zeros behind the row's end, if x has zeros there. e4m3 numbers come
+// without their scale.
+ISOTILE_INLINE void numbers_of_row(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, int64_t piece,
+                                   Vec<float> (&out)[kVectorsAtOnce]) {
   if (w.four_bits()) {
     const uint8_t* bytes = row + piece * (kPiece / 2);
     fetch_ahead(bytes);
@@ -99,12 +103,12 @@ ISOTILE_INLINE void piece_of_row(const QuantizedWeight& w, const uint8_t* row, c
     for (int v = 0; v < 4; ++v) {
       quads[v] = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * v)));
       use(f.group(piece, v));
-      out[v] = _mm512_permutexvar_ps(quads[v], table);  // looks at the low four bits only
+      out[v].v = _mm512_permutexvar_ps(quads[v], table);  // looks at the low four bits only
     }
 #pragma GCC unroll 4
     for (int v = 4; v < 8; ++v) {
       use(f.group(piece, v));
-      out[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(quads[v - 4], 4), table);
+      out[v].v = _mm512_permutexvar_ps(_mm512_srli_epi32(quads[v - 4], 4), table);
     }
     return;
   }
@@ -117,37 +121,146 @@ ISOTILE_INLINE void piece_of_row(const QuantizedWeight& w, const uint8_t* row, c
     const __m128i b = left >= kPiece ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * v))
                                      : _mm_maskz_loadu_epi8(16 * v < left ? first16(left - 16 * v) : 0, bytes + 16 * v);
     const __m512 q = w.integer() ? _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)) : floats_of_e4m3(b);
-    out[v] = w.scheme == Scheme::kFp8 ? q : _mm512_mul_ps(q, _mm512_set1_ps(f.scales[f.group(piece, v)]));
+    out[v].v = w.scheme == Scheme::kFp8 ? q : _mm512_mul_ps(q, _mm512_set1_ps(f.scales[f.group(piece, v)]));
   }
 }
+#else
+// kAtOnce e4m3 numbers, without a scale.
+ISOTILE_INLINE void e4m3_numbers(const uint8_t* bytes, Vec<float> (&out)[kVectorsAtOnce]) {
+  using V = Vec<float>;
+#if defined(ISOTILE_ISA_scalar)
+  float numbers[kAtOnce];
+  for (int64_t i = 0; i < kAtOnce; ++i) numbers[i] = kTables.e4m3[bytes[i]];
+  for (int u = 0; u < kVectorsAtOnce; ++u) out[u] = V::load(numbers + u * V::kLanes);
+#else
+  // As float16, 256 times smaller, they are exact; unlike float32's, its subnormals are never flushed to zero.
+  Float16 halves[kAtOnce];
+  for (int64_t i = 0; i < kAtOnce; ++i) {
+    const int magnitude = bytes[i] & 127;
+    halves[i].bits = static_cast<uint16_t>((bytes[i] & 128) << 8 | magnitude << 7 | (magnitude == 127 ? 0x7e00 : 0));
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < kVectorsAtOnce; ++u) out[u] = V::load(halves + u * V::kLanes) * V::set1(256.0f);
+#endif
+}
+
+// kAtOnce e2m1 numbers, without a scale, from the low or high halves of bytes.
+ISOTILE_INLINE void e2m1_numbers(const uint8_t* bytes, bool high, Vec<float> (&out)[kVectorsAtOnce]) {
+  using V = Vec<float>;
+#if defined(__AVX2__)
+  const __m256i twice = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  if (high) codes = _mm256_srli_epi16(codes, 4);
+  int8_t numbers[kAtOnce];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers),
+                      _mm256_shuffle_epi8(twice, _mm256_and_si256(codes, _mm256_set1_epi8(15))));
+#pragma GCC unroll 8
+  for (int u = 0; u < kVectorsAtOnce; ++u)
+    out[u] = to_float(Vec<int32_t>::load(numbers + u * V::kLanes)) * V::set1(0.5f);
+#else
+  float numbers[kAtOnce];
+  for (int64_t i = 0; i < kAtOnce; ++i) numbers[i] = kTables.e2m1[high ? bytes[i] >> 4 : bytes[i] & 15];
+  for (int u = 0; u < kVectorsAtOnce; ++u) out[u] = V::load(numbers + u * V::kLanes);
+#endif
+}
+
+enum class Numbers { kInteger, kE4m3, kLessZero, kPlusOffset, kE2m1 };
+
+// Calls f(kind) with the weight's, a constant.
+template <class F>
+ISOTILE_INLINE void with_numbers(const QuantizedWeight& w, const F& f) {
+  using std::integral_constant;
+  if (!w.integer() && w.four_bits()) return f(integral_constant<Numbers, Numbers::kE2m1>{});
+  if (!w.integer()) return f(integral_constant<Numbers, Numbers::kE4m3>{});
+  if (!w.four_bits()) return f(integral_constant<Numbers, Numbers::kInteger>{});
+  if (w.has_offsets()) return f(integral_constant<Numbers, Numbers::kPlusOffset>{});
+  f(integral_constant<Numbers, Numbers::kLessZero>{});
+}
+
+template <Numbers kNumbers>
+ISOTILE_INLINE void numbers_of_part(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, int64_t piece,
+                                    int part, Vec<float> (&out)[kVectorsAtOnce]) {
+  using V = Vec<float>;
+  using I = Vec<int32_t>;
+  constexpr bool kBytes = kNumbers == Numbers::kInteger || kNumbers == Numbers::kE4m3;
+  const uint8_t* bytes = row + (kBytes ? piece * kPiece + part * kAtOnce : piece * (kPiece / 2) + part % 2 * kAtOnce);
+  uint8_t copy[kAtOnce];
+  const int64_t left = w.k - piece * kPiece - part * kAtOnce;
+  if (kBytes && left < kAtOnce) {
+    for (int64_t i = 0; i < kAtOnce; ++i) copy[i] = i < left ? bytes[i] : 0;
+    bytes = copy;
+  } else if (kBytes || part < 2) {
+    fetch_ahead(bytes);
+  }
+  // Only e2m1's groups may be shorter than a part: 16 elements.
+  const int64_t g = f.group(piece, 2 * part), second = kNumbers == Numbers::kE2m1 ? f.group(piece, 2 * part + 1) : g;
+  const V scales[2] = {V::set1(f.scales[g]), V::set1(f.scales[second])};
+  if (kNumbers == Numbers::kE4m3) e4m3_numbers(bytes, out);
+  if (kNumbers == Numbers::kE2m1) e2m1_numbers(bytes, part >= 2, out);
+#pragma GCC unroll 8
+  for (int u = 0; u < kVectorsAtOnce; ++u) {
+    const uint8_t* at = bytes + u * V::kLanes;
+    const V scale = scales[2 * u / kVectorsAtOnce];
+    const I byte = I::load(at), code = part < 2 ? byte & I::set1(15) : shift_right<4>(byte);
+    if (kNumbers == Numbers::kInteger) out[u] = to_float(I::load(reinterpret_cast<const int8_t*>(at))) * scale;
+    if (kNumbers == Numbers::kE2m1) out[u] = out[u] * scale * V::set1(w.global);
+    if (kNumbers == Numbers::kPlusOffset) out[u] = to_float(code) * scale + V::set1(f.offsets[g]);
+    if (kNumbers == Numbers::kLessZero) out[u] = to_float(code - I::set1(f.zeros[g])) * scale;
+  }
+}
+ISOTILE_INLINE void numbers_of_row(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, int64_t index,
+                                   Vec<float> (&out)[kVectorsAtOnce]) {
+  constexpr int kParts = kPiece / kAtOnce;
+  with_numbers(w, [&](auto kind) {
+    numbers_of_part<decltype(kind)::value>(w, row, f, index / kParts, static_cast<int>(index % kParts), out);
+  });
+}
+#endif
 
 // sums[r] = weight's row . x's row r, for kRows rows of x [rows][pieces * 128].
-template <int kRows, class Factors>
-inline void dot_floats(const QuantizedWeight& w, const uint8_t* row, const Factors& f, const float* x, int64_t ldx,
+template <int kRows>
+inline void dot_floats(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const float* x, int64_t ldx,
                        float* sums) {
+  using V = Vec<float>;
   constexpr int kParts = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
-  __m512 acc[kRows][kParts];
+  V acc[kRows][kParts];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) acc[r][p] = _mm512_setzero_ps();
-  const int64_t pieces = ceil_div(w.k, kPiece);
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    __m512 weights[8];
-    piece_of_row(w, row, f, piece, weights);
-    const float* at = x + piece * kPiece;
+    for (int p = 0; p < kParts; ++p) acc[r][p] = V::zero();
+  const auto add = [&](const V (&weights)[kVectorsAtOnce], const float* at) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; ++v)
+    for (int v = 0; v < kVectorsAtOnce; ++v)
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-        acc[r][v % kParts] = _mm512_fmadd_ps(weights[v], _mm512_loadu_ps(at + r * ldx + 16 * v), acc[r][v % kParts]);
+        acc[r][v % kParts] = fma(weights[v], V::load(at + r * ldx + v * V::kLanes), acc[r][v % kParts]);
+  };
+  const int64_t pieces = ceil_div(w.k, kPiece);
+#if defined(__AVX512F__)
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    V weights[kVectorsAtOnce];
+    numbers_of_row(w, row, f, piece, weights);
+    add(weights, x + piece * kPiece);
   }
+#else
+  with_numbers(w, [&](auto kind) __attribute__((always_inline)) {
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kPiece / kAtOnce; ++part) {
+        V weights[kVectorsAtOnce];
+        numbers_of_part<decltype(kind)::value>(w, row, f, piece, part, weights);
+        add(weights, x + piece * kPiece + part * kAtOnce);
+      }
+    }
+  });
+#endif
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    __m512 sum = acc[r][0];
+    V sum = acc[r][0];
 #pragma GCC unroll 4
-    for (int p = 1; p < kParts; ++p) sum = _mm512_add_ps(sum, acc[r][p]);
-    sums[r] = _mm512_reduce_add_ps(sum);
+    for (int p = 1; p < kParts; ++p) sum = sum + acc[r][p];
+    sums[r] = reduce_add(sum);
   }
 }
 
@@ -172,12 +285,7 @@ static constexpr PairTables kPairTables = make_pair_tables();
 
 // Zero points beyond 15 have no table.
 inline bool serves_pairs(const QuantizedWeight& w) {
-  if (!w.four_bits() || w.has_offsets() || w.dynamic() || (w.groups > 1 && w.group < 32)) return false;
-  if (w.zeros == nullptr) return true;
-  const uint8_t* zeros = static_cast<const uint8_t*>(w.zeros);
-  uint8_t most = 0;
-  for (int64_t i = 0; i < w.n * w.groups; ++i) most = zeros[i] > most ? zeros[i] : most;
-  return most < 16;
+  return w.four_bits() && !w.has_offsets() && !w.dynamic() && (w.groups == 1 || w.group >= 32) && w.largest_zero() < 16;
 }
 
 // sums[r] = weight's row . x's row r, for kRows bfloat16 rows of x [rows][pieces * 128]. kPer: groups of a piece, 0: one
@@ -235,15 +343,28 @@ inline void dot_pairs(const QuantizedWeight& w, const uint8_t* row, const RowFac
 }
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 // --- integers --------------------------------------------------------------------------------------------------------
 
-// Rows of quantised activations: q (for int8 weights q + 128, unsigned), and the sums of each four q.
+// Rows of quantised activations, and sums of some of them, by which a zero point counts.
 struct IntegerRows {
-  const uint8_t* q;         // [rows][pieces * 128]
-  const int32_t* quads;     // [rows][pieces * 32], for int4
-  int64_t ldq;
+  const uint8_t* q;     // [rows][pieces * 128]; signed, or q + 128 where kBiasOfInt8
+  const int32_t* sums;  // [rows][ldsums], for int4
+  int64_t ldq, ldsums;
 };
+#endif
+
+#if defined(__AVX512VNNI__)
+constexpr int kBiasOfInt8 = 128;  // vpdpbusd wants its first operand unsigned
+constexpr int kRowsOfIntegers = 8;  // in registers
+
+// The sums of each four q: sums [count][ldsums].
+inline int64_t sums_of_row(const QuantizedWeight& w) { return ceil_div(w.k, kPiece) * kPiece / 4; }
+inline void sum_rows(const QuantizedWeight&, const uint8_t* q, int64_t count, int64_t ldq, int32_t* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t l = 0; l < count * ldq; l += 64)
+    _mm512_storeu_si512(sums + l / 4, _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(q + l)));
+}
 
 // Four-bit: u of 0..15 times q, the zero point folded into the start: -zero * (q0 + q1 + q2 + q3) in each lane.
 // Eight-bit: w times q + 128, and 128 * (w0 + ... + w3) taken off each lane. Either way each lane is the exact sum of
@@ -314,7 +435,7 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
         const __m512i q = _mm512_loadu_si512(x.q + r * x.ldq + piece * kPiece + 64 * h);
         __m512i start = kGroups ? _mm512_setzero_si512() : whole[r];
         __m512i quads = _mm512_setzero_si512();
-        if (kFourBits) quads = _mm512_loadu_si512(x.quads + (r * x.ldq + piece * kPiece + 64 * h) / 4);
+        if (kFourBits) quads = _mm512_loadu_si512(x.sums + r * x.ldsums + (piece * kPiece + 64 * h) / 4);
         if (kFourBits && !kOffsets) {
           const __m512i folded = _mm512_madd_epi16(quads, zero[h]);  // both fit in 16 bits
           start = kGroups ? folded : _mm512_add_epi32(start, folded);
@@ -339,7 +460,120 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
     sums[r] = static_cast<float>(_mm512_reduce_add_epi32(exact)) * f.scales[0];
     if (kOffsets) {
       int32_t total = 0;
-      for (int64_t i = 0; i < pieces * kPiece / 4; ++i) total += x.quads[r * x.ldq / 4 + i];
+      for (int64_t i = 0; i < pieces * kPiece / 4; ++i) total += x.sums[r * x.ldsums + i];
+      sums[r] += static_cast<float>(total) * f.offsets[0];
+    }
+  }
+}
+#elif defined(__AVX2__)
+constexpr int kBiasOfInt8 = 0;
+constexpr int kRowsOfIntegers = 4;  // in registers
+
+// Sixteen sums of two products, unsigned times signed; sums of pairs of 16 bits.
+ISOTILE_INLINE __m256i multiply_bytes(__m256i a, __m256i b) { return _mm256_maddubs_epi16(a, b); }
+ISOTILE_INLINE __m256i sum_pairs(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
+ISOTILE_INLINE float sum_lanes(__m256 v) {
+  __m128 r = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
+}
+
+// Lane i of vector [piece][group of the piece]: the sum of q over what dot_integers multiplies in that lane.
+inline int64_t length_of_sum(const QuantizedWeight& w) { return w.groups > 1 ? w.group : kPiece; }
+inline int64_t sums_of_row(const QuantizedWeight& w) { return ceil_div(w.k, kPiece) * (kPiece / length_of_sum(w)) * 8; }
+inline void sum_rows(const QuantizedWeight& w, const uint8_t* q, int64_t count, int64_t ldq, int32_t* sums) {
+  const int64_t length = length_of_sum(w);
+  for (int64_t l = 0; l < count * ldq; l += length, sums += 8) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < length; i += 32) {
+      const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + l + i));
+      sum = _mm256_add_epi32(sum, sum_pairs(multiply_bytes(_mm256_set1_epi8(1), some)));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
+  }
+}
+
+// A lane sums four products of each vector exactly; 16 bits hold two products of bytes, and eight of four-bit numbers.
+// Eight-bit: |w| times q with w's sign. Four-bit: the zero point times the sum of q is taken off. kPer: groups of a piece,
+// 0: one for the whole row.
+template <int kRows, bool kFourBits, bool kOffsets, int kPer>
+inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const IntegerRows& x,
+                         float* sums) {
+  constexpr int kGroups = kPer == 0 ? 1 : kPer, kParts = 4 / kGroups;  // of a piece, of a group
+  const auto load = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256 acc[kRows];
+  __m256i whole[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    acc[r] = _mm256_setzero_ps();
+    whole[r] = _mm256_setzero_si256();
+  }
+  const int64_t pieces = ceil_div(w.k, kPiece);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    __m256i part[4];
+    uint8_t copy[kPiece];
+    if (kFourBits) {
+      const uint8_t* bytes = row + piece * (kPiece / 2);
+      fetch_ahead(bytes);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const __m256i some = load(bytes + 32 * h);
+        part[h] = _mm256_and_si256(some, low);
+        part[2 + h] = _mm256_and_si256(_mm256_srli_epi16(some, 4), low);
+      }
+    } else {
+      const uint8_t* bytes = row + piece * kPiece;
+      const int64_t left = w.k - piece * kPiece;
+      if (left < kPiece) {
+        for (int64_t i = 0; i < kPiece; ++i) copy[i] = i < left ? bytes[i] : 0;
+        bytes = copy;
+      } else {
+        fetch_ahead(bytes);
+        fetch_ahead(bytes + 64);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) part[v] = load(bytes + 32 * v);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      const int64_t group = piece * kPer + g;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* q = x.q + r * x.ldq + piece * kPiece + 32 * kParts * g;
+        const int32_t* of_group = x.sums + r * x.ldsums + (piece * kGroups + g) * 8;
+        __m256i exact = _mm256_setzero_si256(), sum = exact;
+#pragma GCC unroll 4
+        for (int u = 0; u < kParts; ++u) {
+          const __m256i v = part[kParts * g + u], at = load(q + 32 * u);
+          if (kFourBits) sum = _mm256_add_epi16(sum, multiply_bytes(v, at));
+          else exact = _mm256_add_epi32(exact, sum_pairs(multiply_bytes(_mm256_abs_epi8(v), _mm256_sign_epi8(at, v))));
+        }
+        if (kFourBits) exact = sum_pairs(sum);
+        if (kFourBits && !kOffsets)  // both fit in 16 bits
+          exact = _mm256_sub_epi32(exact, _mm256_madd_epi16(load(of_group), _mm256_set1_epi32(f.zeros[group])));
+        if (kPer == 0) {
+          whole[r] = _mm256_add_epi32(whole[r], exact);
+          continue;
+        }
+        acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), _mm256_set1_ps(f.scales[group]), acc[r]);
+        if (kOffsets)
+          acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(load(of_group)), _mm256_set1_ps(f.offsets[group]), acc[r]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (kPer != 0) {
+      sums[r] = sum_lanes(acc[r]);
+      continue;
+    }
+    int32_t lanes[8], total = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), whole[r]);
+    for (const int32_t lane : lanes) total += lane;
+    sums[r] = static_cast<float>(total) * f.scales[0];
+    if (kOffsets) {
+      total = 0;
+      for (int64_t i = 0; i < x.ldsums; ++i) total += x.sums[r * x.ldsums + i];
       sums[r] += static_cast<float>(total) * f.offsets[0];
     }
   }
@@ -348,4 +582,3 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
 
 }  // namespace ISOTILE_ISA
 }  // namespace isotile
-#endif

@@ -79,6 +79,16 @@ struct QuantizedWeight {
   int32_t zero(int64_t i, int64_t g) const {
     return zeros == nullptr ? 8 : static_cast<const uint8_t*>(zeros)[i * groups + g];
   }
+  // No importer makes one beyond 16, but any byte is allowed.
+  int32_t largest_zero() const {
+    if (zeros == nullptr) return 8;
+    uint8_t largest = 0;
+    for (int64_t i = 0; i < n * groups; ++i) {
+      const uint8_t z = static_cast<const uint8_t*>(zeros)[i];
+      largest = z > largest ? z : largest;
+    }
+    return largest;
+  }
   float offset(int64_t i, int64_t g) const { return number(zeros, zeros_dtype, i * groups + g); }
 };
 

@@ -165,10 +165,10 @@ inline int64_t few_floats_at_most(const Problem& p) {
 inline int64_t few_integers_at_most(const Problem& p) {
   const bool small_groups = p.w.groups > 1 && p.w.group < 64;
   if (ISOTILE_HAS_TILES) return small_groups ? 6 : 4;
+  if (Vec<float>::kLanes < 16) return 8;
   return p.w.four_bits() && !small_groups ? least(12, most_few(p)) : most_few(p);
 }
 
-#if defined(__AVX512F__)
 template <int n>
 struct Count {
   static constexpr int value = n;
@@ -188,19 +188,21 @@ ISOTILE_INLINE void by_rows(int64_t m, const F& f) {
 // Rows of x [m][ld] as float32, or quantised to e4m3; zeros up to ld.
 inline void float_rows(const Problem& p, float* rows, int64_t ld, float* scales) {
   const int64_t k = p.w.k;
+  constexpr int64_t kLanes = Vec<float>::kLanes;
   dispatch_float(p.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for (int64_t i = 0; i < p.m; ++i) {
       const T* x = static_cast<const T*>(p.x.data) + p.x.rows.at(i);
       float* row = rows + i * ld;
-      for (int64_t l = k / 16 * 16; l < ld; l += 16) Vec<float>::zero().store(row + l);
+      for (int64_t l = k / kLanes * kLanes; l < ld; l += kLanes) Vec<float>::zero().store(row + l);
       if (p.w.dynamic()) {
         const RowScale scale = row_scale(x, p.x.col, k, 448.0f);
         scales[i] = scale.scale;
         quantize_row<true>(x, p.x.col, k, scale, [&](int64_t l, Vec<float> v, int64_t n) { v.store(row + l, n); });
         continue;
       }
-      for (int64_t l = 0; l < k; l += 16) load_typed<false, float>(x + l * p.x.col, p.x.col, k - l).store(row + l, k - l);
+      for (int64_t l = 0; l < k; l += kLanes)
+        load_typed<false, float>(x + l * p.x.col, p.x.col, k - l).store(row + l, k - l);
     }
   });
 }
@@ -228,7 +230,6 @@ inline void few_floats(const Problem& p) {
     }
   });
 }
-#endif
 
 #if ISOTILE_HAS_BF16_DOT
 // bfloat16 rows and four-bit weights.
@@ -270,43 +271,77 @@ inline void few_pairs(const Problem& p) {
 }
 #endif
 
-#if defined(__AVX512VNNI__)
-// Rows [i0, i0 + count) of x as int8 [count][ld] plus `bias`, the tail `bias` itself.
-inline void byte_rows(const Problem& p, int64_t i0, int64_t count, uint8_t* rows, int64_t ld, int bias, float* scales) {
+#if defined(__AVX2__)
+// A vector's whole numbers as bytes or words.
+ISOTILE_INLINE void store_integers(Vec<float> v, int8_t* to) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v.v)));
+#else
+  const __m256i q = _mm256_cvtps_epi32(v.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+#endif
+}
+ISOTILE_INLINE void store_integers(Vec<float> v, int16_t* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v.v)));
+#else
+  const __m256i q = _mm256_cvtps_epi32(v.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+#endif
+}
+
+// Rows [i0, i0 + count) of x as integers [count][ld], ld whole pieces, zeros up to there.
+template <class Q>
+inline void integer_rows(const Problem& p, int64_t i0, int64_t count, Q* rows, int64_t ld, float* scales) {
   const int64_t k = p.w.k;
-  const __m128i flip = _mm_set1_epi8(static_cast<char>(bias));  // adding 128 turns the sign bit over
+  constexpr int64_t kLanes = Vec<float>::kLanes;
   dispatch_float(p.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for (int64_t i = 0; i < count; ++i) {
       const T* x = static_cast<const T*>(p.x.data) + p.x.rows.at(i0 + i);
-      uint8_t* row = rows + i * ld;
+      Q* row = rows + i * ld;
       const RowScale scale = row_scale(x, p.x.col, k, 127.0f);
       scales[i] = scale.scale;
-      quantize_row<false>(x, p.x.col, k, scale, [&](int64_t l, Vec<float> v, int64_t) {
-        const __m128i q = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v.v));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(row + l), _mm_xor_si128(q, flip));
-      });
-      for (int64_t l = ceil_div(k, 16) * 16; l < ld; l += 16)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(row + l), flip);
+      quantize_row<false>(x, p.x.col, k, scale, [&](int64_t l, Vec<float> v, int64_t) { store_integers(v, row + l); });
+      const int64_t whole = ceil_div(k, kLanes) * kLanes;
+      __builtin_memset(row + whole, 0, static_cast<size_t>(ld - whole) * sizeof(Q));
     }
   });
 }
 
-// The sums of each four of n signed bytes.
-inline void quad_sums(const uint8_t* q, int64_t n, int32_t* sums) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  for (int64_t l = 0; l < n; l += 64)
-    _mm512_storeu_si512(sums + l / 4, _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(q + l)));
+// q + 128, unsigned: the sign bit turned over.
+inline void add_128(int8_t* q, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(q[i] ^ -128);
+}
+
+template <int kRows, bool kFourBits, bool kOffsets>
+ISOTILE_INLINE void dot_row(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const IntegerRows& x,
+                            float* sums) {
+#if defined(__AVX512VNNI__)
+  if (f.per_piece == 0) dot_integers<kRows, kFourBits, kOffsets, false>(w, row, f, x, sums);
+  else dot_integers<kRows, kFourBits, kOffsets, true>(w, row, f, x, sums);
+#else
+  switch (f.per_piece) {
+    case 0: dot_integers<kRows, kFourBits, kOffsets, 0>(w, row, f, x, sums); break;
+    case 1: dot_integers<kRows, kFourBits, kOffsets, 1>(w, row, f, x, sums); break;
+    case 2: dot_integers<kRows, kFourBits, kOffsets, 2>(w, row, f, x, sums); break;
+    default: dot_integers<kRows, kFourBits, kOffsets, 4>(w, row, f, x, sums);
+  }
+#endif
 }
 
 template <bool kFourBits, bool kOffsets>
 inline void few_integers(const Problem& p) {
-  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m;
-  Scratch<uint8_t> rows(m * ld);
-  Scratch<int32_t> quads(kFourBits ? m * ld / 4 : 0);
+  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m, ldsums = sums_of_row(p.w);
+  Scratch<int8_t> rows(m * ld);
+  Scratch<int32_t> row_sums(kFourBits ? m * ldsums : 0);
   Scratch<float> scales(m);
-  byte_rows(p, 0, m, rows.data(), ld, kFourBits ? 0 : 128, scales.data());
-  if (kFourBits) quad_sums(rows.data(), m * ld, quads.data());
+  integer_rows(p, 0, m, rows.data(), ld, scales.data());
+  const auto* q = reinterpret_cast<const uint8_t*>(rows.data());
+  if (kFourBits) sum_rows(p.w, q, m, ld, row_sums.data());
+  else if (kBiasOfInt8 != 0) add_128(rows.data(), m * ld);
   parallel_for(0, ceil_div(p.w.n, kColumns), most(1, 131072 / (kColumns * ld)), [&](int64_t begin, int64_t end) {
     Scratch<float> c(m * kColumns);
     RowFactors f(p.w);
@@ -314,13 +349,11 @@ inline void few_integers(const Problem& p) {
       const int64_t j0 = block * kColumns, cols = least(kColumns, p.w.n - j0);
       for (int64_t j = 0; j < cols; ++j) {
         f.load(p.w, j0 + j);
-        const uint8_t* row = p.w.row(j0 + j);
-        by_rows(m, [&](auto count, int64_t r) {
+        by_rows<kRowsOfIntegers>(m, [&](auto count, int64_t r) {
           constexpr int kRows = decltype(count)::value;
           float sums[kRows];
-          const IntegerRows x{rows.data() + r * ld, quads.data() + r * ld / 4, ld};
-          if (f.per_piece == 0) dot_integers<kRows, kFourBits, kOffsets, false>(p.w, row, f, x, sums);
-          else dot_integers<kRows, kFourBits, kOffsets, true>(p.w, row, f, x, sums);
+          const IntegerRows x{q + r * ld, row_sums.data() + r * ldsums, ld, ldsums};
+          dot_row<kRows, kFourBits, kOffsets>(p.w, p.w.row(j0 + j), f, x, sums);
           for (int i = 0; i < kRows; ++i) c[(r + i) * kColumns + j] = sums[i] * scales[r + i];
         });
       }
@@ -331,48 +364,46 @@ inline void few_integers(const Problem& p) {
 
 // --- many rows -------------------------------------------------------------------------------------------------------
 
+template <class Q>
 inline void many_integers(const Problem& p) {
   const int64_t padded = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m, m_padded = ceil_div(m, kSide) * kSide;
-  Scratch<uint8_t> tiles_of_x(m_padded * padded);
-  Scratch<float> scales(m_padded);
-  Scratch<int32_t> row_sums(p.w.has_offsets() ? p.w.groups * m_padded : 0);
-  parallel_for(0, m_padded / 16, 1, [&](int64_t begin, int64_t end) {
-    Scratch<uint8_t> rows(16 * padded);
+  constexpr int64_t kPer = 4 / sizeof(Q);  // of k in a lane
+  Scratch<float> tiles_of_x(m_padded * padded / kPer), scales(m_padded);
+  const bool summed = p.w.has_offsets() || zeros_later(p.w);
+  Scratch<int32_t> row_sums(summed ? p.w.groups * m_padded : 0);
+  parallel_for(0, m_padded / kLanesOfX, 1, [&](int64_t begin, int64_t end) {
+    Scratch<Q> rows(kLanesOfX * padded);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t i0 = block * 16, count = most(0, least(16, m - i0));
-      for (int64_t i = count; i < 16; ++i) {
-        __builtin_memset(rows.data() + i * padded, kBias, static_cast<size_t>(padded));
-        scales[i0 + i] = 0.0f;
-      }
-      if (count > 0) byte_rows(p, i0, count, rows.data(), padded, kBias, scales.data() + i0);
-      if (p.w.has_offsets()) {
-        for (int64_t i = 0; i < 16; ++i) {
-          for (int64_t g = 0; g < p.w.groups; ++g) {
-            const int64_t k0 = g * p.w.group, length = least(p.w.group, p.w.k - k0);
-            int32_t sum = -kBias * static_cast<int32_t>(length);
-            for (int64_t l = 0; l < length; ++l) {
-              const uint8_t q = rows[i * padded + k0 + l];
-              sum += kBias != 0 ? static_cast<int32_t>(q) : static_cast<int32_t>(static_cast<int8_t>(q));
-            }
-            row_sums[g * m_padded + i0 + i] = sum;
-          }
+      const int64_t i0 = block * kLanesOfX, count = most(0, least(kLanesOfX, m - i0));
+      __builtin_memset(rows.data() + count * padded, 0, static_cast<size_t>((kLanesOfX - count) * padded) * sizeof(Q));
+      for (int64_t i = count; i < kLanesOfX; ++i) scales[i0 + i] = 0.0f;
+      if (count > 0) integer_rows(p, i0, count, rows.data(), padded, scales.data() + i0);
+      for (int64_t i = 0; i < kLanesOfX && summed; ++i) {
+        for (int64_t g = 0; g < p.w.groups; ++g) {
+          const int64_t k0 = g * p.w.group, length = least(p.w.group, p.w.k - k0);
+          int32_t sum = 0;
+          for (int64_t l = 0; l < length; ++l) sum += rows[i * padded + k0 + l];
+          row_sums[g * m_padded + i0 + i] = sum;
         }
       }
-      for (int64_t k0 = 0; k0 < padded; k0 += kStep) {
-        __m512 words[16];
+      if constexpr (kBias != 0) add_128(rows.data(), kLanesOfX * padded);
+      float* tiles = tiles_of_x.data() + i0 * padded / kPer;
+      for (int64_t k0 = 0; k0 < padded; k0 += kLanesOfX * kPer) {
+        Vec<float> words[kLanesOfX];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) words[i] = _mm512_loadu_ps(rows.data() + i * padded + k0);
-        transpose_16x16(words);
+        for (int i = 0; i < kLanesOfX; ++i)
+          words[i] = Vec<float>::load(reinterpret_cast<const float*>(rows.data() + i * padded + k0));
+        transpose_square(words);
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          _mm512_storeu_ps(tiles_of_x.data() + block * 16 * padded + k0 * 16 + i * 64, words[i]);
+        for (int i = 0; i < kLanesOfX; ++i) words[i].store(tiles + (k0 / kPer + i) * kLanesOfX);
       }
     }
   });
+  const auto* x = reinterpret_cast<const uint8_t*>(tiles_of_x.data());
   const int64_t per_task = p.w.n >= kRowsOfWeight * 2 * num_threads() ? kRowsOfWeight : kSide;
   parallel_dynamic(ceil_div(p.w.n, per_task), [&](int64_t task) {
     const int64_t i0 = task * per_task;
-    integer_blocks(p.w, p.out, m, i0, least(per_task, p.w.n - i0), tiles_of_x.data(), row_sums.data(), scales.data());
+    integer_blocks<Q>(p.w, p.out, m, i0, least(per_task, p.w.n - i0), x, row_sums.data(), scales.data());
   });
 }
 #endif
@@ -386,24 +417,15 @@ struct One final : GemmList {
 
 // Rows of the weight in T [rows][ld], ld whole pieces; e4m3 numbers without their scale.
 inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, float* out, int64_t ld) {
-#if defined(__AVX512F__)
   RowFactors f(w);
-#endif
   for (int64_t i = 0; i < rows; ++i) {
-    float* to = out + i * ld;
-#if defined(__AVX512F__)
     if (w.scheme != Scheme::kFp8) f.load(w, j + i);
-    for (int64_t piece = 0; piece < ceil_div(w.k, kPiece); ++piece) {
-      __m512 v[8];
-      piece_of_row(w, w.row(j + i), f, piece, v);
+    for (int64_t k0 = 0; k0 < w.k; k0 += kAtOnce) {
+      Vec<float> v[kVectorsAtOnce];
+      numbers_of_row(w, w.row(j + i), f, k0 / kAtOnce, v);
 #pragma GCC unroll 8
-      for (int u = 0; u < 8; ++u) Vec<float>{v[u]}.store(to + piece * kPiece + 16 * u);
+      for (int u = 0; u < kVectorsAtOnce; ++u) v[u].store(out + i * ld + k0 + u * Vec<float>::kLanes);
     }
-#else
-    if (w.scheme == Scheme::kFp8)
-      for (int64_t l = 0; l < w.k; ++l) to[l] = kTables.e4m3[w.row(j + i)[l]];
-    else dequantize_row(w, j + i, to);
-#endif
   }
 }
 
@@ -415,17 +437,17 @@ inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, B
 }
 #endif
 
+#if ISOTILE_HAS_TILES
 // The weight as a product's b that is made where it is used: its columns are rows `first` ... of the weight.
 struct MadeColumns {
   const QuantizedWeight& w;
   int64_t first;
 };
 inline void make_columns(const void* b, int64_t j, int64_t columns, int64_t k0, int64_t kc, BFloat16* out, int64_t ld) {
-#if ISOTILE_HAS_TILES
   const auto& made = *static_cast<const MadeColumns*>(b);
   bfloat16_rows(made.w, made.first + j, columns, k0, kc, out, ld, true);
-#endif
 }
+#endif
 
 // Weights dequantised to T a slice of columns at a time, then multiplied. Where x is dynamic (fp8) all scales come last,
 // so that e4m3 numbers stay exact in T.
@@ -464,15 +486,16 @@ inline void many_floats(const Problem& p) {
     g.m = m;
     g.n = cols;
     g.k = k;
+    g.b = weight.data();
+    g.b_k = 1;
+    g.b_n = ld;
+#if ISOTILE_HAS_TILES
     const MadeColumns made{w, j0};
     if (kMade) {
       g.b = &made;
       g.make_b = make_columns;
-    } else {
-      g.b = weight.data();
-      g.b_k = 1;
-      g.b_n = ld;
     }
+#endif
     DType type = p.x.dtype;
     if (dynamic) {
       type = DTypeOf<T>::value;
@@ -502,10 +525,17 @@ inline void many_floats(const Problem& p) {
 // Whether fast ways that sum in an order that depends on the number of rows serve the call.
 inline bool served_fast(const Problem& p, bool integers) {
   if (p.w.k == 0) return false;
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
   if (integers) {
-    if (p.m > few_integers_at_most(p)) many_integers(p);
-    else if (!p.w.four_bits()) few_integers<false, false>(p);
+    if (p.m > few_integers_at_most(p)) {
+#if defined(__AVX512VNNI__)
+      // A signed byte holds a four-bit number less its zero point.
+      if (p.w.four_bits() && !p.w.has_offsets() && p.w.largest_zero() > 128) return false;
+      many_integers<int8_t>(p);
+#else
+      p.w.four_bits() ? many_integers<int8_t>(p) : many_integers<int16_t>(p);
+#endif
+    } else if (!p.w.four_bits()) few_integers<false, false>(p);
     else if (p.w.has_offsets()) few_integers<true, true>(p);
     else few_integers<true, false>(p);
     return true;
@@ -518,14 +548,10 @@ inline bool served_fast(const Problem& p, bool integers) {
     return true;
   }
 #endif
-#if defined(__AVX512F__)
   if (p.m <= few_floats_at_most(p)) {
     few_floats(p);
     return true;
   }
-#else
-  if (p.m <= 4) return false;
-#endif
 #if ISOTILE_HAS_BF16_DOT
   if (p.w.scheme == Scheme::kFp8 || p.x.dtype == DType::kBFloat16) {
     many_floats<BFloat16>(p);

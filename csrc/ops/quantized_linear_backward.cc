@@ -52,7 +52,6 @@ struct RowReader {
   }
 };
 
-#if defined(__AVX512F__)
 template <>
 struct RowReader<float> {
   const QuantizedWeight& w;
@@ -64,20 +63,26 @@ struct RowReader<float> {
     f.load(w, index);
     bytes = w.row(index);
   }
-  ISOTILE_INLINE void piece(int64_t piece, __m512 (&out)[8]) const {
-    piece_of_row(w, bytes, f, piece, out);
+  // Elements kAtOnce * index ...
+  ISOTILE_INLINE void numbers(int64_t index, Vec<float> (&out)[kVectorsAtOnce]) const {
+    numbers_of_row(w, bytes, f, index, out);
     if (w.scheme != Scheme::kFp8) return;
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; ++v) out[v] = _mm512_mul_ps(out[v], _mm512_set1_ps(f.scales[0]));
+    for (int v = 0; v < kVectorsAtOnce; ++v) out[v] = out[v] * Vec<float>::set1(f.scales[0]);
   }
-  ISOTILE_INLINE void piece(int64_t index, float* out) const {
-    __m512 v[8];
-    piece(index, v);
+  ISOTILE_INLINE void piece(int64_t piece, float* out) const {
+    for (int64_t i = 0; i < kPiece / kAtOnce; ++i) {
+      Vec<float> v[kVectorsAtOnce];
+      if (piece * kPiece + i * kAtOnce >= w.k) {
+        for (auto& some : v) some = Vec<float>::zero();
+      } else {
+        numbers(piece * kPiece / kAtOnce + i, v);
+      }
 #pragma GCC unroll 8
-    for (int u = 0; u < 8; ++u) _mm512_storeu_ps(out + 16 * u, v[u]);
+      for (int u = 0; u < kVectorsAtOnce; ++u) v[u].store(out + i * kAtOnce + u * Vec<float>::kLanes);
+    }
   }
 };
-#endif
 
 // Rows [j0, j0 + rows) of the weight, pieces [piece0, piece1) -> panels [columns / width][rows][width].
 template <class Kind>
@@ -154,9 +159,9 @@ inline void by_blocks(const Problem& p) {
 
 // --- one or two rows -------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
 template <int kRows>
 inline void by_rows_of_weight(const Problem& p) {
+  using V = Vec<float>;
   constexpr int64_t kTogether = 4;  // rows of the weight between a load and a store of the sums
   const int64_t n = p.w.n, k = p.w.k, pieces = ceil_div(k, kPiece);
   Scratch<float> grad(kRows * n);
@@ -164,47 +169,46 @@ inline void by_rows_of_weight(const Problem& p) {
     using G = typename decltype(type)::type;
     for (int64_t i = 0; i < kRows; ++i) {
       const G* from = static_cast<const G*>(p.grad.data) + p.grad.rows.at(i);
-      for (int64_t j = 0; j < n; j += 16)
+      for (int64_t j = 0; j < n; j += V::kLanes)
         load_typed<false, float>(from + j * p.grad.col, p.grad.col, n - j).store(grad.data() + i * n + j, n - j);
     }
   });
   parallel_for(0, pieces, most(1, 65536 / (kPiece * n)), [&](int64_t begin, int64_t end) {
     const int64_t ld = (end - begin) * kPiece;
     Scratch<float> sums(kRows * ld);
-    for (int64_t i = 0; i < kRows * ld; i += 16) Vec<float>::zero().store(sums.data() + i);
+    for (int64_t i = 0; i < kRows * ld; i += V::kLanes) V::zero().store(sums.data() + i);
     RowReader<float> readers[kTogether] = {RowReader<float>(p.w), RowReader<float>(p.w), RowReader<float>(p.w),
                                            RowReader<float>(p.w)};
     for (int64_t j0 = 0; j0 < n; j0 += kTogether) {
       const int64_t together = least(kTogether, n - j0);
       for (int64_t j = 0; j < together; ++j) readers[j].row(j0 + j);
-      for (int64_t piece = begin; piece < end; ++piece) {
-        float* at = sums.data() + (piece - begin) * kPiece;
-        __m512 acc[kRows][8];
+      for (int64_t i0 = begin * kPiece; i0 < least(end * kPiece, k); i0 += kAtOnce) {
+        float* at = sums.data() + i0 - begin * kPiece;
+        V acc[kRows][kVectorsAtOnce];
 #pragma GCC unroll 2
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-          for (int v = 0; v < 8; ++v) acc[i][v] = _mm512_loadu_ps(at + i * ld + 16 * v);
+          for (int v = 0; v < kVectorsAtOnce; ++v) acc[i][v] = V::load(at + i * ld + v * V::kLanes);
         for (int64_t j = 0; j < together; ++j) {
-          __m512 weights[8];
-          readers[j].piece(piece, weights);
+          V weights[kVectorsAtOnce];
+          readers[j].numbers(i0 / kAtOnce, weights);
 #pragma GCC unroll 2
           for (int i = 0; i < kRows; ++i) {
-            const __m512 g = _mm512_set1_ps(grad[i * n + j0 + j]);
+            const V g = V::set1(grad[i * n + j0 + j]);
 #pragma GCC unroll 8
-            for (int v = 0; v < 8; ++v) acc[i][v] = _mm512_fmadd_ps(g, weights[v], acc[i][v]);
+            for (int v = 0; v < kVectorsAtOnce; ++v) acc[i][v] = fma(g, weights[v], acc[i][v]);
           }
         }
 #pragma GCC unroll 2
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-          for (int v = 0; v < 8; ++v) _mm512_storeu_ps(at + i * ld + 16 * v, acc[i][v]);
+          for (int v = 0; v < kVectorsAtOnce; ++v) acc[i][v].store(at + i * ld + v * V::kLanes);
       }
     }
     const int64_t k0 = begin * kPiece;
     finish(p.out, sums.data(), ld, 0, kRows, k0, least(k, end * kPiece) - k0);
   });
 }
-#endif
 
 // --- bfloat16 --------------------------------------------------------------------------------------------------------
 
@@ -273,10 +277,8 @@ void quantized_linear_backward(const TensorView* t, const double* s) {
   const bool batch_invariant = s[3] != 0;
   if (grad.dtype == DType::kFloat64) return by_blocks<double>(p);
   if (!batch_invariant && p.w.n > 0) {
-#if defined(__AVX512F__)
     if (p.m == 1) return by_rows_of_weight<1>(p);
     if (p.m == 2) return by_rows_of_weight<2>(p);
-#endif
 #if ISOTILE_HAS_BF16_DOT
     if (grad.dtype == DType::kBFloat16 && p.m > kFew) return by_products(p);
 #endif

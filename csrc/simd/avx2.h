@@ -205,6 +205,12 @@ struct Vec<int32_t> {
   static ISOTILE_INLINE Vec load(const int32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
   }
+  static ISOTILE_INLINE Vec load(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static ISOTILE_INLINE Vec load(const int8_t* p) {
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
   static ISOTILE_INLINE Vec load(const int32_t* p, int64_t n) {
     return {_mm256_maskload_epi32(p, Mask::first(n).as_integer())};
   }

@@ -234,6 +234,12 @@ struct Vec<int32_t> {
                              _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))};
   }
   static ISOTILE_INLINE Vec load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static ISOTILE_INLINE Vec load(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static ISOTILE_INLINE Vec load(const int8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
   static ISOTILE_INLINE Vec load(const int32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(first16(n), p)}; }
   ISOTILE_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
   ISOTILE_INLINE void store(int32_t* p, int64_t n) const { _mm512_mask_storeu_epi32(p, first16(n), v); }

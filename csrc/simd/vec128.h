@@ -159,6 +159,8 @@ struct Vec<int32_t> {
     __builtin_memcpy(&r.v, p, sizeof(r.v));
     return r;
   }
+  static ISOTILE_INLINE Vec load(const uint8_t* p) { return {I4{p[0], p[1], p[2], p[3]}}; }
+  static ISOTILE_INLINE Vec load(const int8_t* p) { return {I4{p[0], p[1], p[2], p[3]}}; }
   static ISOTILE_INLINE Vec load(const int32_t* p, int64_t n) {
     int32_t lanes[kLanes];
     for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : 0;
