@@ -366,7 +366,8 @@ struct TiledSides {
 
 constexpr int64_t kMadeK = 256;                // elements of a row that are made at a time
 constexpr int64_t kMadeRow = kMadeK + kTileK;  // an odd number of lines, which spreads over L1's sets
-constexpr int64_t kFinishSide = 64;  // of y's columns, at a time
+constexpr int64_t kPanelsWorthPacking = 8;     // of the right side
+constexpr int64_t kFinishSide = 64;            // of y's columns, at a time
 
 template <class Kind>
 constexpr int64_t kBlockBytes = 2 * kTileBytes * Kind::kParts;  // of a panel, one block of k
@@ -432,14 +433,16 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
   const int64_t columns = r1 - r0, right_panels = ceil_div(columns, kPanelSide);
   const int64_t right_groups = ceil_div(columns, kRightGroup), left_groups = ceil_div(l1 - l0, kLeftGroup);
   const int64_t chunk = least(plan.chunk, ceil_div(g.k, kTileK) * kTileK), chunks = g.k == 0 ? 1 : ceil_div(g.k, chunk);
-  const bool made = kSwapped && g.make_b != nullptr, direct = !made && sides.left.direct(), keep = chunks > 1;
+  // Rows far apart are slow to load as tiles, and collide in L1: where enough panels pass over them they are packed.
+  const bool made = kSwapped && g.make_b != nullptr, readable = !made && sides.left.direct(), keep = chunks > 1;
+  const bool direct = readable && right_panels < kPanelsWorthPacking;
 
   Scratch<char> right_packed(shared == nullptr ? packed_bytes<Kind>(columns, chunk) : 0);
   // A packed left panel takes little of L1; the sums of its whole group wait then.
   const bool pack_ahead = !direct && !made && sides.left.k == 1 && sides.left.rows->even();
   // The hardware's own prefetch ends with a page, and so serves long rows only.
   const bool short_rows = pack_ahead && right_panels == 1 && 2 * g.k <= 4096;
-  const int64_t left_k = direct || (pack_ahead && right_panels == 1) ? most(chunk, 1) : kMadeK;
+  const int64_t left_k = readable || (pack_ahead && right_panels == 1) ? most(chunk, 1) : kMadeK;
   const int64_t left_bytes = direct ? kBlockBytes<Kind>
                              : made ? kPanelSide * kMadeRow * 2
                                     : packed_bytes<Kind>(kPanelSide, least(chunk, left_k));
@@ -507,7 +510,7 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
                               packs_ahead(p, length), left_packed.data() + p * left_bytes);
         FetchAhead fetch;
         Prefetch& prefetch = fetch.prefetch;
-        if ((direct || short_rows) && l + group_rows < l1) {
+        if ((readable || short_rows) && l + group_rows < l1) {
           const int64_t step = sides.left.rows->step();
           prefetch.row = reinterpret_cast<const char*>(sides.left.data + (l + group_rows) * step + k0 + from);
           prefetch.row_stride = 2 * step;
@@ -515,7 +518,7 @@ inline void run_tiled_task(const Gemm& g, const TiledPlan& plan, int64_t l0, int
           prefetch.rows_left = least(group_rows, l1 - l - group_rows);
           const int64_t calls = most(1, right_panels * panels * ceil_div(length, kTileK));
           prefetch.per_call = ceil_div(prefetch.row_lines * prefetch.rows_left, calls);
-          if (prefetch.per_call > (direct ? 16 : 32)) prefetch.rows_left = 0;  // the hardware's own will do
+          if (prefetch.per_call > (readable ? 16 : 32)) prefetch.rows_left = 0;  // the hardware's own will do
         }
         for (int64_t rg = 0; rg < right_groups; ++rg) {
           float* c = sums.data() + (keep ? group * right_groups * kPanelSide * kRightGroup : 0);

@@ -1,6 +1,8 @@
 // Products of few rows, where reading b is the work: b goes from memory into the products, or at most through a block
 // in L1. The order of accumulation is that of _gemm_run.h.
 #pragma once
+#include <type_traits>
+
 #include "base/scratch.h"
 #include "ops/_gemm.h"
 #include "ops/_gemm_pack.h"
@@ -88,18 +90,15 @@ inline void sum_blocks_of_b(ColumnPanel<Kind> panel, const FewRows<Kind>& few, t
 }
 
 template <class Kind, class Src>
-#if defined(__AVX512F__)
 constexpr bool kBlocksInRegisters = transposes_quads<Kind, Src>();
-#else
-constexpr bool kBlocksInRegisters = false;
-#endif
+constexpr int64_t kDotColumns = 16;  // of dot_columns, at a time
 
 template <class Kind, class Src>
 inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
                         const FewRows<Kind>& few, float* sums, int64_t width);
 
-#if defined(__AVX512F__)
 // The same for so few rows that storing the block costs more than the products: it stays in registers.
+#if defined(__AVX512F__)
 template <class Kind, class Src, int kRows>
 inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
                         const typename Kind::Packed* const* a, float* sums, int64_t width) {
@@ -140,6 +139,71 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
   }
 }
 
+#elif defined(__AVX2__)
+template <class Kind, class Src, int kRows>
+inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
+                        const typename Kind::Packed* const* a, float* sums, int64_t width) {
+  using V = Vec<float>;
+  constexpr int64_t kLanes = 8, kBlock = 8, kAhead = 512 / static_cast<int64_t>(sizeof(Src));
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Src));
+  constexpr int kGroups = kRows <= 2 ? 2 : 1;  // of lanes: more sums than one addition's latency
+  const int64_t whole = kc / kBlock * kBlock;
+  const auto columns_from = [&](int64_t j, auto full) __attribute__((always_inline)) {
+    constexpr bool kFull = decltype(full)::value;
+    V sum[kGroups][kRows];
+    const Src* column[kGroups];
+    int64_t last[kGroups];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) sum[g][i] = V::zero();
+      const int64_t first = kFull ? j + g * kLanes : least(j + g * kLanes, cols - 1);
+      column[g] = b + first * b_n;
+      last[g] = kFull ? kLanes - 1 : least(kLanes - 1, cols - 1 - first);  // it is repeated
+    }
+    for (int64_t s = 0; s < whole; s += kBlock) {
+      // At their end, the beginning of the next columns.
+      const int64_t ahead = s + kAhead < left ? kAhead : following == 0 ? 0 : following + kAhead - left;
+      if (kFull && s % kLine == 0 && ahead != 0)
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < kGroups * kLanes; ++c) __builtin_prefetch(column[0] + c * b_n + s + ahead, 0, 2);
+#pragma GCC unroll 2
+      for (int64_t quad = 0; quad < kBlock; quad += 4) {
+        Quads q[kGroups];
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) q[g] = transpose_quads<Kind>(column[g] + s + quad, b_n, kFull ? 7 : last[g]);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u)
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) {
+            const V x = V::set1(a[i][s + quad + u]);
+#pragma GCC unroll 2
+            for (int g = 0; g < kGroups; ++g) sum[g][i] = fma(x, V{q[g].step[u]}, sum[g][i]);
+          }
+      }
+    }
+    for (int64_t s = whole; s < kc; ++s) {
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        float step[kLanes];
+        for (int64_t c = 0; c < kLanes; ++c) step[c] = Kind::pack(column[g] + least(c, last[g]) * b_n + s, 1, 1);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) sum[g][i] = fma(V::set1(a[i][s]), V::load(step), sum[g][i]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
+        if (kFull || j + g * kLanes < width) sum[g][i].store(sums + i * width + j + g * kLanes);
+  };
+  int64_t j = 0;
+  for (; j + kGroups * kLanes <= cols; j += kGroups * kLanes) columns_from(j, std::true_type{});
+  for (; j < cols; j += kGroups * kLanes) columns_from(j, std::false_type{});
+}
+#endif
+
+#if defined(__AVX2__)
 // left: elements of each column from here to its end; following: from here to the start of the next columns, 0 if there
 // are none.
 template <class Kind, class Src>
@@ -165,7 +229,7 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>&
   // One vector of columns at a time for dot_columns: columns a power of two apart compete for the same cache sets.
   const bool by_dots = kBlocksInRegisters<Kind, Src> && !by_rows && g.b_k == 1 && g.m <= 4;
   const int64_t most_width =
-      by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : by_dots ? Kind::kLanes : kWidth;
+      by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : by_dots ? kDotColumns : kWidth;
   Scratch<Acc> totals(g.m * most_width), chunk_sums(g.k > Kind::kChunk ? g.m * most_width : 0);
   Scratch<typename Kind::Packed> packed(kBlock * kWidth);
   const Src* b = static_cast<const Src*>(g.b) + g.b_offset;
