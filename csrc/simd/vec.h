@@ -20,7 +20,8 @@
 //   reduce_add, reduce_max, reduce_min        over all lanes, in an order fixed for the set; reduce_max/min skip NaN
 //                                             no further than max/min do
 // Vec<int32_t>: + - * (low 32 bits) & | ^, shift_left<k>, shift_right<k> (logical), shift_right_sign<k>, comparisons
-// (signed), mul_high_unsigned(a, b), load(const uint8_t* or int8_t*) (a byte a lane), to_float(i), to_int(f) (rounds to nearest even), as_int(f), as_float(i) (bits).
+// (signed), mul_high_unsigned(a, b), load(const uint8_t* or int8_t*) (a byte a lane), to_float(i), to_int(f) (rounds to
+// nearest even), as_int(f), as_float(i) (bits).
 // Masks of Vec<float> and Vec<int32_t> are one type.
 #pragma once
 #include <cstdint>
