@@ -72,7 +72,9 @@ inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, Q* o
     const uint8_t* row = w.row(i0 + i);
     Q* to = out + i * ld;
     if (!w.four_bits()) {
-      for (int64_t l = 0; l < w.k; ++l) to[l] = static_cast<int8_t>(row[l]);
+      if constexpr (sizeof(Q) == 1) __builtin_memcpy(to, row, static_cast<size_t>(w.k));
+      else
+        for (int64_t l = 0; l < w.k; ++l) to[l] = static_cast<int8_t>(row[l]);
     } else {
       if (!w.has_offsets()) f->load(w, i0 + i);
       for (int64_t piece = 0; piece < pieces; ++piece) {
