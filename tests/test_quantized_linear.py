@@ -52,7 +52,7 @@ def weight(n, k, scheme, group_size=None, symmetric=None, offsets=False):
 
 
 @pytest.mark.parametrize("backend", CPUS)
-@pytest.mark.parametrize("m, n, k", ((1, 70, 300), (7, 33, 129), (45, 130, 512), (20, 300, 96)))
+@pytest.mark.parametrize("m, n, k", ((1, 70, 300), (7, 33, 129), (45, 130, 512), (20, 300, 96), (10, 35, 8300)))
 def test_integer_products_have_the_references_bits(backend, m, n, k):
     """With one group a row, whatever the instruction set and the path."""
     x = randn(m, k, seed=m)
@@ -101,6 +101,18 @@ def test_zero_points_beyond_the_codes(zero, scheme, backend):
             want = isotile.quantized_linear(x, q)
         with isotile.use_backend(backend):
             assert torch.equal(isotile.quantized_linear(x, q), want)
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("group_size, symmetric", ((32, False), (128, True)))
+def test_rows_too_long_to_be_unpacked_at_once(group_size, symmetric, backend):
+    q = weight(35, 4500, "int4_dynamic", group_size, symmetric)
+    q.scales.fill_(1.0)  # sums of whole numbers below 2 ** 24
+    x = randn(11, 4500).sign()
+    with isotile.use_backend("reference"):
+        want = isotile.quantized_linear(x, q)
+    with isotile.use_backend(backend):
+        assert torch.equal(isotile.quantized_linear(x, q), want)
 
 
 @pytest.mark.parametrize("backend", CPUS)

@@ -36,6 +36,14 @@ struct GemmList {
   ~GemmList() = default;
 };
 
+// A list of one product: `first`.
+struct OneGemm final : GemmList {
+  int64_t count() const override { return 1; }
+  int64_t m(int64_t) const override { return first.m; }
+  int64_t k(int64_t) const override { return first.k; }
+  void place(int64_t, Gemm*) const override {}
+};
+
 // One thread's way through the list of all problems' parts, in order and only forward.
 struct Cursor {
   int64_t problem = 0;

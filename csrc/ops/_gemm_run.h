@@ -242,13 +242,6 @@ inline void run_kind(const GemmList& list) {
 }
 
 #if ISOTILE_HAS_TILES
-struct Single final : GemmList {
-  int64_t count() const override { return 1; }
-  int64_t m(int64_t) const override { return first.m; }
-  int64_t k(int64_t) const override { return first.k; }
-  void place(int64_t, Gemm*) const override {}
-};
-
 // float16 on tiles leaves the rows of a and columns of b that are not finite to this. Nothing in their results is
 // finite, so that no bits depend on which arithmetic found them.
 void redo_not_finite(const GemmList& list) {
@@ -269,7 +262,7 @@ void redo_not_finite(const GemmList& list) {
           ++end;
           continue;
         }
-        Single part;
+        OneGemm part;
         part.first = g;
         cut(&part.first, begin, end - begin);
         run_kind<FloatKind<float>, Float16, Float16>(part);

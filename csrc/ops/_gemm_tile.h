@@ -20,14 +20,16 @@ constexpr int kRegisterVecs = 2;
 
 constexpr int64_t kTileRows = 6;
 
-// A region of rows of memory to be fetched into L2, some lines (64 bytes) at each call. Empty: nothing happens.
+// A region of rows of memory to be fetched into a cache (3: L1, 2: L2), some lines of 64 bytes at each call. Empty:
+// nothing happens.
 struct Prefetch {
   const char* row = nullptr;
   int64_t row_lines = 0, row_stride = 0, rows_left = 0, per_call = 0, line = 0;
 
+  template <int kCache = 2>
   ISOTILE_INLINE void next() {
     for (int64_t i = 0; i < per_call && rows_left > 0; ++i) {
-      __builtin_prefetch(row + 64 * line, 0, 2);
+      __builtin_prefetch(row + 64 * line, 0, kCache);
       if (++line == row_lines) {
         line = 0;
         row += row_stride;

@@ -1,18 +1,19 @@
-// Quantised integers, many rows: y.T = weight @ x.T in blocks of kSide rows of the weight by kSide rows of x.
+// Quantised integers, many rows, on matrix tiles or without vpdpbusd (with it alone: _quantized_panels.h):
+// y.T = weight @ x.T in blocks of kSide rows of the weight by kSide rows of x.
 //
 // The weight's rows are unpacked once into Q, k along the row, which is how a matrix tile (and a broadcast of four bytes)
 // wants its first operand. x is quantised into tiles of [k][lanes of 32 bits], each lane the next elements of k of one
 // row, which is how it wants the second. A group of the weight is summed exactly in int32, then scaled into float32 sums.
 //
-// Q is a byte; without vpdpbusd, whose place two older instructions take, it is 16 bits for int8 weights: their products
-// two by two do not fit into 16 bits.
+// Q is a byte; without tiles, whose place two older instructions take, it is 16 bits for int8 weights: their products two
+// by two do not fit into 16 bits.
 #pragma once
 #include "base/scratch.h"
 #include "ops/_gemm_pack.h"
 #include "ops/_quantized_few_rows.h"
 #include "simd/tile.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && (ISOTILE_HAS_TILES || !defined(__AVX512VNNI__))
 namespace isotile {
 namespace ISOTILE_ISA {
 
@@ -21,15 +22,8 @@ constexpr int64_t kSide = 2 * kLanesOfX;  // of a block
 constexpr int64_t kStep = 64;             // elements of k in one tile
 constexpr int64_t kRowsOfWeight = kLanesOfX * 8;  // unpacked together: k of them stay in L2
 
-// x's tiles are signed for matrix tiles; vpdpbusd wants its first operand unsigned, so there they hold q + 128.
-// Otherwise four-bit weights stay unsigned: a zero point times the sum of q is taken off each group's sum.
-#if defined(__AVX512VNNI__)
-constexpr int kBias = ISOTILE_HAS_TILES ? 0 : 128;
-inline bool zeros_later(const QuantizedWeight&) { return false; }
-#else
-constexpr int kBias = 0;
-inline bool zeros_later(const QuantizedWeight& w) { return w.four_bits() && !w.has_offsets(); }
-#endif
+// Without matrix tiles four-bit weights stay unsigned: a zero point times the sum of q is taken off each group's sum.
+inline bool zeros_later(const QuantizedWeight& w) { return !ISOTILE_HAS_TILES && w.four_bits() && !w.has_offsets(); }
 
 ISOTILE_INLINE void transpose_square(Vec<float> (&v)[kLanesOfX]) {
 #if defined(__AVX512F__)
@@ -62,10 +56,10 @@ ISOTILE_INLINE void transpose_square(Vec<float> (&v)[kLanesOfX]) {
 #endif
 }
 
-// Rows [i0, i0 + rows) of the weight [kRowsOfWeight][ld]; and what is taken off each group's sum, [row][groups]: what the
-// bias of x adds, or what the sum of q is multiplied by. Up to whole blocks zeros follow.
+// Rows [i0, i0 + rows) of the weight [kRowsOfWeight][ld]; and zeros_later's zero points [row][groups]. Up to whole blocks
+// zeros follow.
 template <class Q>
-inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, Q* out, int64_t ld, int32_t* corrections,
+inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, Q* out, int64_t ld, int32_t* zeros,
                         RowFactors* f) {
   const int64_t pieces = ceil_div(w.k, kPiece);
   for (int64_t i = 0; i < rows; ++i) {
@@ -80,7 +74,7 @@ inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, Q* o
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const uint8_t* bytes = row + piece * (kPiece / 2);
         Q* at = to + piece * kPiece;
-#if defined(__AVX512VNNI__)
+#if ISOTILE_HAS_TILES
         const __m512i low = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(bytes);
         __m512i zero[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         if (!w.has_offsets()) {
@@ -103,24 +97,11 @@ inline void unpack_rows(const QuantizedWeight& w, int64_t i0, int64_t rows, Q* o
       }
     }
     __builtin_memset(to + w.k, 0, static_cast<size_t>(pieces * kPiece - w.k) * sizeof(Q));
-#if defined(__AVX512VNNI__)
-    for (int64_t g = 0; g < w.groups && kBias != 0; ++g) {
-      const int64_t k0 = g * w.group, k1 = least(k0 + w.group, w.k);
-      __m512i sum = _mm512_setzero_si512();
-      for (int64_t k = k0; k < k1; k += 32)
-        sum = _mm512_dpbusd_epi32(
-            sum, _mm512_set1_epi8(static_cast<char>(kBias)),
-            _mm512_zextsi256_si512(_mm256_maskz_loadu_epi8(
-                k1 - k >= 32 ? ~__mmask32{0} : (__mmask32{1} << (k1 - k)) - 1, to + k)));
-      corrections[i * w.groups + g] = _mm512_reduce_add_epi32(sum);
-    }
-#else
-    for (int64_t g = 0; g < w.groups && zeros_later(w); ++g) corrections[i * w.groups + g] = f->zeros[g];
-#endif
+    for (int64_t g = 0; g < w.groups && zeros_later(w); ++g) zeros[i * w.groups + g] = f->zeros[g];
   }
   for (int64_t i = rows; i < ceil_div(rows, kSide) * kSide; ++i) {
     __builtin_memset(out + i * ld, 0, static_cast<size_t>(pieces * kPiece) * sizeof(Q));
-    for (int64_t g = 0; g < w.groups && (kBias != 0 || zeros_later(w)); ++g) corrections[i * w.groups + g] = 0;
+    for (int64_t g = 0; g < w.groups && zeros_later(w); ++g) zeros[i * w.groups + g] = 0;
   }
 }
 
@@ -159,33 +140,6 @@ inline void sum_block(const int8_t* w, int64_t ld, const uint8_t* x, int64_t col
   tiles::store<1>(c + 16, kSide * 4);
   tiles::store<2>(c + 16 * kSide, kSide * 4);
   tiles::store<3>(c + 16 * kSide + 16, kSide * 4);
-}
-#elif defined(__AVX512VNNI__)
-inline void sum_block(const int8_t* w, int64_t ld, const uint8_t* x, int64_t column, int64_t k0, int64_t length,
-                      int32_t* c) {
-  constexpr int kRows = 8;
-  for (int64_t i = 0; i < kSide; i += kRows) {
-    __m512i acc[kRows][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
-    for (int64_t k = k0; k < k0 + length; k += 4) {
-      const uint8_t* at = x + k * 16;
-      const __m512i x0 = _mm512_loadu_si512(at), x1 = _mm512_loadu_si512(at + column);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        int32_t four;
-        __builtin_memcpy(&four, w + (i + r) * ld + k, 4);
-        const __m512i v = _mm512_set1_epi32(four);
-        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], x0, v);
-        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], x1, v);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      _mm512_storeu_si512(c + (i + r) * kSide, acc[r][0]);
-      _mm512_storeu_si512(c + (i + r) * kSide + 16, acc[r][1]);
-    }
-  }
 }
 #else
 #if defined(__AVX512F__)
@@ -254,11 +208,11 @@ inline void integer_blocks(const QuantizedWeight& w, const Epilogue& out, int64_
   const int64_t column = padded * kLanesOfX * sizeof(Q), m_padded = ceil_div(m, kSide) * kSide;
   const bool later = zeros_later(w);
   Scratch<Q> unpacked(kRowsOfWeight * ld);
-  Scratch<int32_t> corrections(kBias != 0 || later ? kRowsOfWeight * w.groups : 0);
+  Scratch<int32_t> zeros(later ? kRowsOfWeight * w.groups : 0);
   Scratch<float> scales(kRowsOfWeight * w.groups), offsets(w.has_offsets() ? kRowsOfWeight * w.groups : 0);
   Scratch<float> result(kSide * kRowsOfWeight);
   RowFactors f(w);
-  unpack_rows(w, i0, rows, unpacked.data(), ld, corrections.data(), &f);
+  unpack_rows(w, i0, rows, unpacked.data(), ld, zeros.data(), &f);
   const int64_t blocks = ceil_div(rows, kSide);
   for (int64_t i = 0; i < blocks * kSide; ++i) {
     float* s = scales.data() + i * w.groups;
@@ -294,8 +248,7 @@ inline void integer_blocks(const QuantizedWeight& w, const Epilogue& out, int64_
           for (int64_t h = 0; h < kSide; h += kLanesOfX) {
             const int32_t* of_x = row_sums + g * m_padded + m0 + h;
             I exact = I::load(c + i * kSide + h);
-            if (kBias != 0) exact = exact - I::set1(corrections[row]);
-            if (later) exact = exact - I::set1(corrections[row]) * I::load(of_x);
+            if (later) exact = exact - I::set1(zeros[row]) * I::load(of_x);
             V sum = to_float(exact);
             sum = g == 0 ? sum * scale : fma(sum, scale, V::load(sums + i * kSide + h));
             if (w.has_offsets()) sum = fma(to_float(I::load(of_x)), V::set1(offsets[row]), sum);

@@ -17,7 +17,7 @@ namespace ISOTILE_ISA {
 constexpr int64_t kPiece = kBlock4;
 
 // The weight is one stream of memory, row behind row; the hardware's own prefetch stops at each page of 4 KB.
-constexpr int64_t kAheadBytes = 2048;
+constexpr int64_t kAheadBytes = 4096;
 ISOTILE_INLINE void fetch_ahead(const void* p) {
   __builtin_prefetch(static_cast<const char*>(p) + kAheadBytes, 0, 3);
 }
@@ -74,7 +74,7 @@ ISOTILE_INLINE __m512 floats_of_e4m3(__m128i bytes) {
   return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0f));
 }
 
-// Elements kAtOnce * piece ... of a row, dequantised; zeros behind the row's end, if x has zeros there. e4m3 numbers come
+// Elements kAtOnce * piece ... of a row, dequantised; behind the row's end anything finite. e4m3 numbers come
 // without their scale.
 ISOTILE_INLINE void numbers_of_row(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, int64_t piece,
                                    Vec<float> (&out)[kVectorsAtOnce]) {

@@ -107,63 +107,6 @@ ISOTILE_INLINE bool plain(const TensorView& view) {
   return view.dtype == DTypeOf<T>::value && (row_stride(view) == 1 || row_length(view) <= 1);
 }
 
-// to[i] = the i-th element of the row that starts `offset` elements into the tensor, for any dtype and stride.
-template <class A>
-void load_row(const TensorView& view, int64_t offset, int64_t n, A* to) {
-  const int64_t stride = row_stride(view);
-  dispatch_float(view.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    using V = Vec<A>;
-    const T* from = data_of<T>(view) + offset;
-    for (int64_t i = 0; i < n; i += V::kLanes) {
-      const V v = stride == 1 ? V::load(from + i, n - i) : V::load_strided(from + i * stride, stride, n - i);
-      v.store(to + i, n - i);
-    }
-  });
-}
-template <class A>
-void store_row(const TensorView& view, int64_t offset, int64_t n, const A* from) {
-  const int64_t stride = row_stride(view);
-  dispatch_float(view.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    using V = Vec<A>;
-    T* to = data_of<T>(view) + offset;
-    for (int64_t i = 0; i < n; i += V::kLanes) {
-      const V v = V::load(from + i, n - i);
-      if (stride == 1) {
-        v.store(to + i, n - i);
-      } else {
-        v.store_strided(to + i * stride, stride, n - i);
-      }
-    }
-  });
-}
-
-// A [n] parameter as contiguous accumulators, converted once for a call; absent: filled with `otherwise`.
-template <class A>
-class Parameter {
- public:
-  ISOTILE_INLINE Parameter(const TensorView& view, int64_t n, double offset, double otherwise)
-      : own_(direct(view, offset) ? 0 : n), data_(own_.data()) {
-    if (direct(view, offset)) {
-      data_ = data_of<A>(view);
-      return;
-    }
-    if (view.present()) load_row(view, 0, n, own_.data());
-    for (int64_t i = 0; i < n; ++i) {
-      own_[i] = view.present() ? own_[i] + static_cast<A>(offset) : static_cast<A>(otherwise);
-    }
-  }
-  ISOTILE_INLINE const A* data() const { return data_; }
-
- private:
-  static ISOTILE_INLINE bool direct(const TensorView& view, double offset) {
-    return view.present() && plain<A>(view) && offset == 0;
-  }
-  Scratch<A> own_;
-  const A* data_;
-};
-
 // One vector's worth of a row at element i: all lanes, or the first `count` at the row's end.
 template <class A>
 struct WholeLanes {
@@ -207,6 +150,55 @@ ISOTILE_INLINE void for_lanes(int64_t n, const F& f) {
   for (; i + kLanes <= n; i += kLanes) f(WholeLanes<A>{i});
   if (i < n) f(TailLanes<A>{i, n - i});
 }
+
+// to[i] = the i-th element of the row that starts `offset` elements into the tensor, for any dtype and stride.
+template <class A>
+void load_row(const TensorView& view, int64_t offset, int64_t n, A* to) {
+  const int64_t stride = row_stride(view);
+  dispatch_float(view.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using V = Vec<A>;
+    const T* from = data_of<T>(view) + offset;
+    if (stride == 1) return for_lanes<A>(n, [=](auto at) { at.store(at.load(from), to); });
+    for (int64_t i = 0; i < n; i += V::kLanes) V::load_strided(from + i * stride, stride, n - i).store(to + i, n - i);
+  });
+}
+template <class A>
+void store_row(const TensorView& view, int64_t offset, int64_t n, const A* from) {
+  const int64_t stride = row_stride(view);
+  dispatch_float(view.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using V = Vec<A>;
+    T* to = data_of<T>(view) + offset;
+    if (stride == 1) return for_lanes<A>(n, [=](auto at) { at.store(at.load(from), to); });
+    for (int64_t i = 0; i < n; i += V::kLanes) V::load(from + i, n - i).store_strided(to + i * stride, stride, n - i);
+  });
+}
+
+// A [n] parameter as contiguous accumulators, converted once for a call; absent: filled with `otherwise`.
+template <class A>
+class Parameter {
+ public:
+  ISOTILE_INLINE Parameter(const TensorView& view, int64_t n, double offset, double otherwise)
+      : own_(direct(view, offset) ? 0 : n), data_(own_.data()) {
+    if (direct(view, offset)) {
+      data_ = data_of<A>(view);
+      return;
+    }
+    if (view.present()) load_row(view, 0, n, own_.data());
+    for (int64_t i = 0; i < n; ++i) {
+      own_[i] = view.present() ? own_[i] + static_cast<A>(offset) : static_cast<A>(otherwise);
+    }
+  }
+  ISOTILE_INLINE const A* data() const { return data_; }
+
+ private:
+  static ISOTILE_INLINE bool direct(const TensorView& view, double offset) {
+    return view.present() && plain<A>(view) && offset == 0;
+  }
+  Scratch<A> own_;
+  const A* data_;
+};
 
 // f(at, sums) adds one vector's terms to kSums accumulators; out[k] is their total over the row. kTurns accumulators
 // take turns, and every kChunk elements go to a double, so that the error does not grow with n. The order is a

@@ -1,7 +1,7 @@
 // y [m, n] = activation(x [m, k] @ weight [n, k].T + bias [n]) + residual [m, n], the weight quantised.
 //
 // Few rows: the weight is read once, row by row, and used in registers (_quantized_few_rows.h). Many rows: integers go
-// through blocks (_quantized_blocks.h), exact in int32; floats are dequantised and multiplied as `matmul` does, on matrix
+// through panels or blocks (_quantized_panels.h, _quantized_blocks.h), exact in int32; floats are dequantised and multiplied as `matmul` does, on matrix
 // tiles a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in the caches. any_float and any_integer
 // serve every other call, and batch invariance: they sum each result in an order of its own, whatever the number of rows.
 #include "base/parallel.h"
@@ -12,6 +12,7 @@
 #include "ops/_quantized_blocks.h"
 #include "ops/_quantized_few_rows.h"
 #include "ops/_quantized_format.h"
+#include "ops/_quantized_panels.h"
 #include "ops/_quantized_rows.h"
 #include "ops/_rows.h"
 
@@ -165,8 +166,12 @@ inline int64_t few_floats_at_most(const Problem& p) {
 inline int64_t few_integers_at_most(const Problem& p) {
   const bool small_groups = p.w.groups > 1 && p.w.group < 64;
   if (ISOTILE_HAS_TILES) return small_groups ? 6 : 4;
+#if defined(__AVX512VNNI__)
+  return p.w.four_bits() ? (small_groups ? 5 : 4) : 8;
+#else
   if (Vec<float>::kLanes < 16) return 8;
   return p.w.four_bits() && !small_groups ? least(12, most_few(p)) : most_few(p);
+#endif
 }
 
 template <int n>
@@ -364,6 +369,24 @@ inline void few_integers(const Problem& p) {
 
 // --- many rows -------------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512VNNI__) && !ISOTILE_HAS_TILES
+inline void many_integers(const Problem& p) {
+  // Rows a power of two apart compete for the same cache sets.
+  const int64_t ld = ceil_div(p.w.k, kPiece) * kPiece + 64, m = p.m, panels = ceil_div(p.w.n, kPanel);
+  Scratch<int8_t> rows(m * ld);
+  Scratch<int32_t> sums(m * p.w.groups);
+  Scratch<float> scales(m);
+  parallel_for(0, m, most(1, 32768 / ld), [&](int64_t begin, int64_t end) {
+    integer_rows(p, begin, end - begin, rows.data() + begin * ld, ld, scales.data() + begin);
+    for (int64_t i = begin; i < end; ++i) sum_groups(p.w, rows.data() + i * ld, m, sums.data() + i);
+  });
+  const int64_t per_task = most(ceil_div(1 << 20, m * kPanel * ld), least(8, panels / (4 * num_threads())));
+  parallel_dynamic(ceil_div(panels, per_task), [&](int64_t task) {
+    integer_panels(p.w, p.out, {m, rows.data(), ld, sums.data(), scales.data()}, task * per_task,
+                   least(panels, (task + 1) * per_task));
+  });
+}
+#else
 template <class Q>
 inline void many_integers(const Problem& p) {
   const int64_t padded = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m, m_padded = ceil_div(m, kSide) * kSide;
@@ -386,7 +409,6 @@ inline void many_integers(const Problem& p) {
           row_sums[g * m_padded + i0 + i] = sum;
         }
       }
-      if constexpr (kBias != 0) add_128(rows.data(), kLanesOfX * padded);
       float* tiles = tiles_of_x.data() + i0 * padded / kPer;
       for (int64_t k0 = 0; k0 < padded; k0 += kLanesOfX * kPer) {
         Vec<float> words[kLanesOfX];
@@ -407,13 +429,7 @@ inline void many_integers(const Problem& p) {
   });
 }
 #endif
-
-struct One final : GemmList {
-  int64_t count() const override { return 1; }
-  int64_t m(int64_t) const override { return first.m; }
-  int64_t k(int64_t) const override { return first.k; }
-  void place(int64_t, Gemm*) const override {}
-};
+#endif
 
 // Rows of the weight in T [rows][ld], ld whole pieces; e4m3 numbers without their scale.
 inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, float* out, int64_t ld) {
@@ -481,7 +497,7 @@ inline void many_floats(const Problem& p) {
         dequantize_rows(w, j0 + begin, end - begin, weight.data() + begin * ld, ld);
       });
     }
-    One list;
+    OneGemm list;
     Gemm& g = list.first;
     g.m = m;
     g.n = cols;
@@ -528,7 +544,9 @@ inline bool served_fast(const Problem& p, bool integers) {
 #if defined(__AVX2__)
   if (integers) {
     if (p.m > few_integers_at_most(p)) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !ISOTILE_HAS_TILES
+      many_integers(p);
+#elif defined(__AVX512VNNI__)
       // A signed byte holds a four-bit number less its zero point.
       if (p.w.four_bits() && !p.w.has_offsets() && p.w.largest_zero() > 128) return false;
       many_integers<int8_t>(p);

@@ -213,15 +213,8 @@ inline void by_rows_of_weight(const Problem& p) {
 // --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 #if ISOTILE_HAS_BF16_DOT
-struct One final : GemmList {
-  int64_t count() const override { return 1; }
-  int64_t m(int64_t) const override { return first.m; }
-  int64_t k(int64_t) const override { return first.k; }
-  void place(int64_t, Gemm*) const override {}
-};
-
 inline void run(const Problem& p, Gemm* g, int64_t k0, int64_t columns) {
-  One list;
+  OneGemm list;
   g->m = p.m;
   g->n = columns;
   g->k = p.w.n;
