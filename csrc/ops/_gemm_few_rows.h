@@ -103,7 +103,7 @@ template <class Kind, class Src, int kRows>
 inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int64_t following, int64_t cols,
                         const typename Kind::Packed* const* a, float* sums, int64_t width) {
   using V = Vec<float>;
-  constexpr int64_t kPer = Kind::kPerStep, kBlock = 16, kAhead = 512 / static_cast<int64_t>(sizeof(Src));
+  constexpr int64_t kPer = Kind::kPerStep, kBlock = 16, kAhead = 2048 / static_cast<int64_t>(sizeof(Src));
   const int64_t steps = Kind::steps(kc), whole = kc / kPer / kBlock * kBlock;
   for (int64_t i = 0; i < kRows * width; i += 16) V::zero().store(sums + i);
   const auto block_of = [&](int64_t s, int64_t j, int64_t last, int64_t ahead) __attribute__((always_inline)) {

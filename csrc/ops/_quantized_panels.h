@@ -1,9 +1,10 @@
-// Quantised integers, more than a few rows, where vpdpbusd has no matrix tiles beside it: y = x @ weight.T with 32 rows of
-// the weight (a panel) across lanes.
+// Quantised integers, more than a few rows, where vpdpbusd has no matrix tiles beside it: y = x @ weight.T with 32 rows
+// of the weight (a panel) across lanes.
 //
-// A panel is unpacked a chunk of k at a time into [k / 4][32 rows][4 bytes], unsigned: four-bit codes as they are, eight
-// bits plus 128. A row of x is used where it lies, four q's at a time in all lanes. The zero point (128 for eight bits)
-// is in what the sums start from: -zero times the sum of q. A group is summed exactly in int32, then scaled into float32.
+// A panel is unpacked a chunk of k at a time into [k / 4][32 rows][4 bytes], unsigned: four-bit codes as they are,
+// eight bits plus 128. A row of x is used where it lies, four q's at a time in all lanes. The zero point (128 for eight
+// bits) is in what the sums start from: -zero times the sum of q. A group is summed exactly in int32, then scaled into
+// float32.
 #pragma once
 #include "base/scratch.h"
 #include "ops/_gemm_pack.h"

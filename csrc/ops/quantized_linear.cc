@@ -1,9 +1,10 @@
 // y [m, n] = activation(x [m, k] @ weight [n, k].T + bias [n]) + residual [m, n], the weight quantised.
 //
 // Few rows: the weight is read once, row by row, and used in registers (_quantized_few_rows.h). Many rows: integers go
-// through panels or blocks (_quantized_panels.h, _quantized_blocks.h), exact in int32; floats are dequantised and multiplied as `matmul` does, on matrix
-// tiles a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in the caches. any_float and any_integer
-// serve every other call, and batch invariance: they sum each result in an order of its own, whatever the number of rows.
+// through panels or blocks (_quantized_panels.h, _quantized_blocks.h), exact in int32; floats are dequantised and
+// multiplied as `matmul` does, on matrix tiles a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in
+// the caches. any_float and any_integer serve every other call, and batch invariance: they sum each result in an order of
+// its own, whatever the number of rows.
 #include "base/parallel.h"
 #include "base/scratch.h"
 #include "ops/_gemm.h"
@@ -158,7 +159,7 @@ inline void any_integer(const Problem& p) {
 
 // Rows of x that meet each row of the weight in registers, at most; more are worth unpacking the weight for. Matrix tiles
 // take many rows at the price of few, unless (integers) groups of 32 fill only half of them. Measured at 4096 x 4096 on a
-// Xeon with AMX, one thread, 2026-11.
+// Xeon with AMX, one thread, and (integers without tiles) on a Zen 5 EPYC, two threads; 2026-11.
 inline int64_t most_few(const Problem& p) { return p.w.k < 1024 ? 8 : 16; }  // short rows are mostly reductions
 inline int64_t few_floats_at_most(const Problem& p) {
   return ISOTILE_HAS_TILES && p.x.dtype == DType::kBFloat16 ? 2 : most_few(p);
