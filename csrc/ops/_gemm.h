@@ -8,18 +8,19 @@
 namespace isotile {
 namespace ISOTILE_ISA {
 
+// Products of bfloat16 on matrix tiles or with vdpbf16ps: makes elements [k0, k0 + count) of rows [j, j + rows) of a matrix
+// whose rows are b's columns (or rows). Each row lies `ld` elements after the last and is filled up with zeros to a
+// multiple of 128; k0 is such a multiple, count at most 256.
+using MakeB = void (*)(const void* b, int64_t j, int64_t rows, int64_t k0, int64_t count, BFloat16* out, int64_t ld);
+
 // y [m, n] = epilogue(a [m, k] @ b [k, n]). Strides in elements.
 struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   Matrix a;  // rows m, columns k
   const void* b = nullptr;
   int64_t b_offset = 0, b_k = 0, b_n = 0;
-  // Where b is not in memory (bfloat16 on matrix tiles only): makes elements [k0, k0 + count) of rows [j, j + rows) of a
-  // matrix whose rows are b's columns, or with made_by_rows b's rows. Each row lies `ld` elements after the last and is
-  // filled up with zeros to a multiple of 128; k0 is such a multiple, count at most 256.
-  using MakeB = void (*)(const void* b, int64_t j, int64_t rows, int64_t k0, int64_t count, BFloat16* out, int64_t ld);
-  bool made_by_rows = false;
-  MakeB make_b = nullptr;
+  MakeB make_b = nullptr;     // where b is not in memory
+  bool made_by_rows = false;  // b's rows are made, not its columns: on matrix tiles only
   Epilogue out;
 };
 

@@ -12,6 +12,8 @@ namespace isotile {
 namespace ISOTILE_ISA {
 
 constexpr int64_t kFewRows = 16;
+// Steps of b that are packed at once; made ones come in multiples of 128 elements.
+constexpr int64_t kStepsAtOnce = 32, kMadeStepsAtOnce = 64;
 
 // One chunk of a problem's rows: where each one's steps start.
 template <class Kind>
@@ -67,14 +69,13 @@ inline void sum_rows_of_b(const Src* b, int64_t b_k, int64_t kc, int64_t cols, c
 
 // Otherwise: blocks of a panel of b are packed into L1 and used at once. sums [m][width] = the sum over one chunk.
 template <class Kind, class Src>
-inline void sum_blocks_of_b(ColumnPanel<Kind> panel, const FewRows<Kind>& few, typename Kind::Packed* packed,
+inline void sum_blocks_of_b(const ColumnPanel<Kind>& whole, const FewRows<Kind>& few, typename Kind::Packed* packed,
                             typename Kind::Acc* sums) {
-  constexpr int64_t kBlock = 32 * Kind::kPerStep, kAhead = 2;
-  const int64_t kc = panel.kc, width = panel.width;
-  const char* b = panel.src;
+  constexpr int64_t kAhead = 2;
+  const int64_t kc = whole.kc, width = whole.width;
+  const int64_t kBlock = (whole.make != nullptr ? kMadeStepsAtOnce : kStepsAtOnce) * Kind::kPerStep;
   for (int64_t k0 = 0; k0 < kc; k0 += kBlock) {
-    panel.src = b + k0 * panel.sk * panel.item;
-    panel.kc = least(kBlock, kc - k0);
+    const ColumnPanel<Kind> panel = whole.advanced(k0, least(kBlock, kc - k0));
     panel.template pack<Src>(packed, 0, ColumnPanel<Kind>::kParts);
     const int64_t steps = Kind::steps(panel.kc), s = Kind::steps(k0);
     Prefetch prefetch = panel.prefetch(0, ColumnPanel<Kind>::kParts, steps / 4);
@@ -87,6 +88,14 @@ inline void sum_blocks_of_b(ColumnPanel<Kind> panel, const FewRows<Kind>& few, t
                                        k0 == 0 ? Into::kSet : Into::kContinue, &prefetch);
     }
   }
+}
+
+// Columns [j, j + cols) of chunk [k0, k0 + kc) of b.
+template <class Kind>
+inline ColumnPanel<Kind> panel_of(const Gemm& g, int64_t item, int64_t k0, int64_t kc, int64_t j, int64_t cols) {
+  const char* at = nullptr;
+  if (g.make_b == nullptr) at = static_cast<const char*>(g.b) + (g.b_offset + k0 * g.b_k + j * g.b_n) * item;
+  return {at, item, g.b_k, g.b_n, kc, cols, ceil_div(cols, Kind::kLanes) * Kind::kLanes, g.make_b, g.b, j, k0};
 }
 
 template <class Kind, class Src>
@@ -223,27 +232,25 @@ template <class Kind, class Src>
 inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>& a) {
   using Acc = typename Kind::Acc;
   using V = Vec<Acc>;
-  constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes, kBlock = 32;
+  constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
   if (g.k == 0 || g.m > kFewRows) return false;
   const bool by_rows = g.b_n == 1 && g.m <= 4;
   // One vector of columns at a time for dot_columns: columns a power of two apart compete for the same cache sets.
-  const bool by_dots = kBlocksInRegisters<Kind, Src> && !by_rows && g.b_k == 1 && g.m <= 4;
+  const bool by_dots = kBlocksInRegisters<Kind, Src> && !by_rows && g.b_k == 1 && g.m <= 4 && !g.make_b;
   const int64_t most_width =
       by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : by_dots ? kDotColumns : kWidth;
   Scratch<Acc> totals(g.m * most_width), chunk_sums(g.k > Kind::kChunk ? g.m * most_width : 0);
-  Scratch<typename Kind::Packed> packed(kBlock * kWidth);
-  const Src* b = static_cast<const Src*>(g.b) + g.b_offset;
+  Scratch<typename Kind::Packed> packed(kMadeStepsAtOnce * kWidth);
+  const Src* b = g.make_b != nullptr ? nullptr : static_cast<const Src*>(g.b) + g.b_offset;
   for (int64_t j = n0; j < n1; j += most_width) {
     const int64_t cols = least(most_width, n1 - j), width = ceil_div(cols, Kind::kLanes) * Kind::kLanes;
     for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
       const int64_t kc = least(g.k - k0, Kind::kChunk);
       const FewRows<Kind> few(a, g.m, k0, kc);
       Acc* sums = k0 == 0 ? totals.data() : chunk_sums.data();
-      const Src* from = b + k0 * g.b_k + j * g.b_n;
+      const Src* from = g.make_b != nullptr ? nullptr : b + k0 * g.b_k + j * g.b_n;
       const auto by_blocks = [&] {
-        const int64_t item = static_cast<int64_t>(sizeof(Src));
-        const ColumnPanel<Kind> panel{reinterpret_cast<const char*>(from), item, g.b_k, g.b_n, kc, cols, width};
-        sum_blocks_of_b<Kind, Src>(panel, few, packed.data(), sums);
+        sum_blocks_of_b<Kind, Src>(panel_of<Kind>(g, sizeof(Src), k0, kc, j, cols), few, packed.data(), sums);
       };
       if (by_rows) {
         sum_rows_of_b<Kind>(from, g.b_k, kc, cols, few, sums, width);

@@ -1,5 +1,7 @@
 // Packing of a matrix product's operands: a into rows of steps, b into panels of steps.
 #pragma once
+#include <type_traits>
+
 #include "ops/_gemm.h"
 #include "ops/_gemm_tile.h"
 
@@ -230,7 +232,19 @@ struct ColumnPanel {
   static constexpr int64_t kParts = 8;
   const char* src = nullptr;
   int64_t item = 0, sk = 0, sn = 0, kc = 0, cols = 0, width = 0;  // bytes of an element, strides in elements
+  // Where b is made (see Gemm): what from, and the panel's first column and element of k. sk is 1 then, and src null.
+  MakeB make = nullptr;
+  const void* from = nullptr;
+  int64_t first_column = 0, first_k = 0;
 
+  // `elements` of k further on, of which `count` are left.
+  ColumnPanel advanced(int64_t elements, int64_t count) const {
+    ColumnPanel p = *this;
+    if (make == nullptr) p.src += elements * sk * item;
+    p.first_k += elements;
+    p.kc = count;
+    return p;
+  }
   bool by_columns() const { return sk == 1 && sn != 1; }
   int64_t begin(int64_t part) const {
     return by_columns() ? ceil_div(ceil_div(width, 16) * part, kParts) * 16 : Kind::steps(kc) * part / kParts;
@@ -238,7 +252,7 @@ struct ColumnPanel {
   // Parts [part, end) as lines of memory.
   Prefetch prefetch(int64_t part, int64_t end, int64_t calls) const {
     Prefetch p;
-    if (sk != 1 && sn != 1) return p;
+    if ((sk != 1 && sn != 1) || make != nullptr) return p;
     const int64_t first = begin(part);
     const int64_t rows = by_columns() ? least(begin(end), cols) - first
                                       : least(begin(end) * Kind::kPerStep, kc) - first * Kind::kPerStep;
@@ -253,6 +267,10 @@ struct ColumnPanel {
   }
   template <class Src>
   void pack(typename Kind::Packed* dst, int64_t part, int64_t end) const {
+#if ISOTILE_HAS_BF16_DOT
+    if constexpr (std::is_same_v<Kind, PairKind> && std::is_same_v<Src, BFloat16>)
+      if (make != nullptr) return pack_made(dst, part, end);
+#endif
     const Src* src = reinterpret_cast<const Src*>(this->src);
     constexpr int64_t kPer = Kind::kPerStep;
     const int64_t steps = Kind::steps(kc), b0 = begin(part), b1 = begin(end);
@@ -285,6 +303,26 @@ struct ColumnPanel {
       for (int64_t j = j0; j < j1; ++j) dst[s * width + j] = Kind::pack(p + j * sn, sk, kc - s * kPer);
     }
   }
+
+#if ISOTILE_HAS_BF16_DOT
+ private:
+  void pack_made(typename Kind::Packed* dst, int64_t part, int64_t end) const {
+    constexpr int64_t kAtOnce = 256;
+    alignas(64) BFloat16 rows[16 * kAtOnce];
+    for (int64_t j = begin(part); j < least(begin(end), width); j += 16) {
+      const int64_t columns = least(16, cols - j);
+      for (int64_t k = 0; k < kc; k += kAtOnce) {
+        const int64_t count = least(kAtOnce, kc - k), s0 = k / 2, s1 = Kind::steps(k + count);
+        make(from, first_column + j, columns, first_k + k, count, rows, kAtOnce);
+        for (int64_t s = s0; s < s1; s += 16) {
+          const Block16 block = transpose_block<Kind>(rows + 2 * (s - s0), kAtOnce, columns - 1, 0);
+          float* to = reinterpret_cast<float*>(dst + s * width + j);
+          for (int64_t i = 0; i < least(16, s1 - s); ++i) _mm512_storeu_ps(to + i * width, block.step[i]);
+        }
+      }
+    }
+  }
+#endif
 };
 
 }  // namespace ISOTILE_ISA

@@ -76,9 +76,7 @@ inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, in
   const auto panel_at = [&](int64_t index) {
     const int64_t k0 = index / across * Kind::kChunk, j = index % across * kWidth;
     const int64_t cols = least(n1 - n0 - j, kWidth);
-    const char* at = static_cast<const char*>(g.b) + (g.b_offset + k0 * g.b_k + (n0 + j) * g.b_n) * packers.b_item;
-    return Panel{at,   packers.b_item, g.b_k, g.b_n, least(g.k - k0, Kind::kChunk),
-                 cols, ceil_div(cols, Kind::kLanes) * Kind::kLanes};
+    return panel_of<Kind>(g, packers.b_item, k0, least(g.k - k0, Kind::kChunk), n0 + j, cols);
   };
   constexpr int64_t kFewPanels = 40;
   const auto as_it_is = [&](const Panel& panel) { return packers.b_as_it_is && panel.sn == 1 && panel.cols == kWidth; };
@@ -145,12 +143,13 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   const int64_t threads = work <= kSerialWork ? 1 : num_threads();
   const bool few = most_panels <= ceil_div(kFewRows, kTileRows);
 
-  // A task's rows of one chunk stay in L2 while all its columns pass; each block of rows packs b again. Where sums are
-  // kept from chunk to chunk, they limit the columns.
+  // A task's rows of one chunk stay in L2 while all its columns pass; each block of rows packs b again, which
+  // costs too much where b is made first. Where sums are kept from chunk to chunk, they limit the columns.
   const int64_t near = l2_cache_bytes() / 4 * 3;
   const int64_t chunk_bytes = most(1, least(most_k, Kind::kChunk)) * static_cast<int64_t>(sizeof(Packed));
   const int64_t most_columns = (source.first.out.plain(Kind::kAccType) ? 64 : 16) * kWidth;
-  Blocking block{most_columns, least(most_panels, most(20, least(340, near / chunk_bytes / kTileRows)))};
+  const int64_t near_panels = source.first.make_b != nullptr ? 340 : near / chunk_bytes / kTileRows;
+  Blocking block{most_columns, least(most_panels, most(20, least(340, near_panels)))};
   const auto tasks = [&] { return ceil_div(n, block.columns) * ceil_div(panels, block.panels); };
   if (few) {
     block.columns = most(kWidth, least(2048, ceil_div(ceil_div(n, 2 * threads), kWidth) * kWidth));

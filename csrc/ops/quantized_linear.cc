@@ -2,8 +2,8 @@
 //
 // Few rows: the weight is read once, row by row, and used in registers (_quantized_few_rows.h). Many rows: integers go
 // through panels or blocks (_quantized_panels.h, _quantized_blocks.h), exact in int32; floats are dequantised and
-// multiplied as `matmul` does, on matrix tiles a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in
-// the caches. any_float and any_integer serve every other call, and batch invariance: they sum each result in an order of
+// multiplied as `matmul` does, as bfloat16 a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in the
+// caches. any_float and any_integer serve every other call, and batch invariance: they sum each result in an order of
 // its own, whatever the number of rows.
 #include "base/parallel.h"
 #include "base/scratch.h"
@@ -159,10 +159,17 @@ inline void any_integer(const Problem& p) {
 
 // Rows of x that meet each row of the weight in registers, at most; more are worth unpacking the weight for. Matrix tiles
 // take many rows at the price of few, unless (integers) groups of 32 fill only half of them. Measured at 4096 x 4096 on a
-// Xeon with AMX, one thread, and (integers without tiles) on a Zen 5 EPYC, two threads; 2026-11.
+// Xeon with AMX, one thread, and (without tiles) on a Zen 5 EPYC, two threads; 2026-11.
 inline int64_t most_few(const Problem& p) { return p.w.k < 1024 ? 8 : 16; }  // short rows are mostly reductions
 inline int64_t few_floats_at_most(const Problem& p) {
-  return ISOTILE_HAS_TILES && p.x.dtype == DType::kBFloat16 ? 2 : most_few(p);
+  [[maybe_unused]] const bool bfloat16 = p.x.dtype == DType::kBFloat16;
+#if ISOTILE_HAS_TILES
+  if (bfloat16) return 2;
+#elif ISOTILE_HAS_BF16_DOT
+  if (bfloat16 && serves_pairs(p.w)) return 8;
+  if (bfloat16 || p.w.scheme == Scheme::kFp8) return 4;
+#endif
+  return most_few(p);
 }
 inline int64_t few_integers_at_most(const Problem& p) {
   const bool small_groups = p.w.groups > 1 && p.w.group < 64;
@@ -447,14 +454,6 @@ inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, f
 }
 
 #if ISOTILE_HAS_BF16_DOT
-inline void dequantize_rows(const QuantizedWeight& w, int64_t j, int64_t rows, BFloat16* out, int64_t ld) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k0 = 0; k0 < w.k; k0 += kMadeElements)
-      bfloat16_rows(w, j + i, 1, k0, least(kMadeElements, w.k - k0), out + i * ld + k0, ld, true);
-}
-#endif
-
-#if ISOTILE_HAS_TILES
 // The weight as a product's b that is made where it is used: its columns are rows `first` ... of the weight.
 struct MadeColumns {
   const QuantizedWeight& w;
@@ -473,7 +472,7 @@ inline void many_floats(const Problem& p) {
   const int64_t k = p.w.k, m = p.m, ld = most(1, ceil_div(k, kBlock4)) * kBlock4;
   const QuantizedWeight& w = p.w;
   const bool dynamic = w.dynamic();
-  constexpr bool kMade = ISOTILE_HAS_TILES && sizeof(T) == 2;  // 64 rows of it at a time, in L1, for each thread
+  constexpr bool kMade = ISOTILE_HAS_BF16_DOT && sizeof(T) == 2;  // 64 rows of it at a time, in L1, for each thread
   const int64_t slice = kMade && !dynamic ? w.n : least(w.n, most(64, (int64_t{1} << 21) / ld / 64 * 64));
   Scratch<T> weight(kMade ? 0 : slice * ld), rows(dynamic ? m * ld : 0);
   Scratch<float> scales(dynamic ? m : 0), sums(dynamic ? m * slice : 0);
@@ -493,7 +492,7 @@ inline void many_floats(const Problem& p) {
   }
   for (int64_t j0 = 0; j0 < p.w.n; j0 += slice) {
     const int64_t cols = least(slice, p.w.n - j0);
-    if (!kMade) {
+    if constexpr (!kMade) {
       parallel_for(0, cols, most(1, 32768 / ld), [&](int64_t begin, int64_t end) {
         dequantize_rows(w, j0 + begin, end - begin, weight.data() + begin * ld, ld);
       });
@@ -506,7 +505,7 @@ inline void many_floats(const Problem& p) {
     g.b = weight.data();
     g.b_k = 1;
     g.b_n = ld;
-#if ISOTILE_HAS_TILES
+#if ISOTILE_HAS_BF16_DOT
     const MadeColumns made{w, j0};
     if (kMade) {
       g.b = &made;
