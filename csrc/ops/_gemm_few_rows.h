@@ -12,8 +12,14 @@ namespace isotile {
 namespace ISOTILE_ISA {
 
 constexpr int64_t kFewRows = 16;
-// Steps of b that are packed at once; made ones come in multiples of 128 elements.
-constexpr int64_t kStepsAtOnce = 32, kMadeStepsAtOnce = 64;
+// Steps of b that are packed at once; made ones come in multiples of 128 elements. Long columns of 16 bits that become
+// float32 are read in longer pieces and fewer at a time: the hardware's own prefetch follows those.
+constexpr int64_t kStepsAtOnce = 32, kMadeStepsAtOnce = 64, kNarrowSteps = 128;
+constexpr int kNarrowVecs = 2;
+template <class Kind, class Src>
+inline bool narrow(const Gemm& g) {
+  return Kind::kPerStep == 1 && sizeof(Src) == 2 && g.k >= 2048;
+}
 
 // One chunk of a problem's rows: where each one's steps start.
 template <class Kind>
@@ -67,19 +73,19 @@ inline void sum_rows_of_b(const Src* b, int64_t b_k, int64_t kc, int64_t cols, c
   }
 }
 
-// Otherwise: blocks of a panel of b are packed into L1 and used at once. sums [m][width] = the sum over one chunk.
+// Otherwise: blocks of a panel of b are packed into L1, so many steps at once, and used. sums [m][width] = the sum over
+// one chunk.
 template <class Kind, class Src>
-inline void sum_blocks_of_b(const ColumnPanel<Kind>& whole, const FewRows<Kind>& few, typename Kind::Packed* packed,
-                            typename Kind::Acc* sums) {
+inline void sum_blocks_of_b(const ColumnPanel<Kind>& whole, int64_t steps_at_once, const FewRows<Kind>& few,
+                            typename Kind::Packed* packed, typename Kind::Acc* sums) {
   constexpr int64_t kAhead = 2;
-  const int64_t kc = whole.kc, width = whole.width;
-  const int64_t kBlock = (whole.make != nullptr ? kMadeStepsAtOnce : kStepsAtOnce) * Kind::kPerStep;
-  for (int64_t k0 = 0; k0 < kc; k0 += kBlock) {
-    const ColumnPanel<Kind> panel = whole.advanced(k0, least(kBlock, kc - k0));
+  const int64_t kc = whole.kc, width = whole.width, block = steps_at_once * Kind::kPerStep;
+  for (int64_t k0 = 0; k0 < kc; k0 += block) {
+    const ColumnPanel<Kind> panel = whole.advanced(k0, least(block, kc - k0));
     panel.template pack<Src>(packed, 0, ColumnPanel<Kind>::kParts);
     const int64_t steps = Kind::steps(panel.kc), s = Kind::steps(k0);
     Prefetch prefetch = panel.prefetch(0, ColumnPanel<Kind>::kParts, steps / 4);
-    if (prefetch.rows_left > 0) prefetch.row += kAhead * kBlock * panel.sk * panel.item;
+    if (prefetch.rows_left > 0) prefetch.row += kAhead * block * panel.sk * panel.item;
     for (int64_t p = 0; p < panel_count(few.m); ++p) {
       const int64_t row = panel_row(few.m, p), rows = panel_row(few.m, p + 1) - row;
       const typename Kind::Packed* a[kTileRows];
@@ -237,10 +243,13 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>&
   const bool by_rows = g.b_n == 1 && g.m <= 4;
   // One vector of columns at a time for dot_columns: columns a power of two apart compete for the same cache sets.
   const bool by_dots = kBlocksInRegisters<Kind, Src> && !by_rows && g.b_k == 1 && g.m <= 4 && !g.make_b;
-  const int64_t most_width =
-      by_rows ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes) : by_dots ? kDotColumns : kWidth;
+  const int64_t steps = g.make_b != nullptr ? kMadeStepsAtOnce : narrow<Kind, Src>(g) ? kNarrowSteps : kStepsAtOnce;
+  const int64_t width_of_block = narrow<Kind, Src>(g) ? least(kNarrowVecs, kRegisterVecs) * Kind::kLanes : kWidth;
+  const int64_t most_width = by_rows   ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes)
+                             : by_dots ? kDotColumns
+                                       : width_of_block;
   Scratch<Acc> totals(g.m * most_width), chunk_sums(g.k > Kind::kChunk ? g.m * most_width : 0);
-  Scratch<typename Kind::Packed> packed(kMadeStepsAtOnce * kWidth);
+  Scratch<typename Kind::Packed> packed(steps * width_of_block);
   const Src* b = g.make_b != nullptr ? nullptr : static_cast<const Src*>(g.b) + g.b_offset;
   for (int64_t j = n0; j < n1; j += most_width) {
     const int64_t cols = least(most_width, n1 - j), width = ceil_div(cols, Kind::kLanes) * Kind::kLanes;
@@ -250,7 +259,8 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>&
       Acc* sums = k0 == 0 ? totals.data() : chunk_sums.data();
       const Src* from = g.make_b != nullptr ? nullptr : b + k0 * g.b_k + j * g.b_n;
       const auto by_blocks = [&] {
-        sum_blocks_of_b<Kind, Src>(panel_of<Kind>(g, sizeof(Src), k0, kc, j, cols), few, packed.data(), sums);
+        const ColumnPanel<Kind> panel = panel_of<Kind>(g, sizeof(Src), k0, kc, j, cols);
+        sum_blocks_of_b<Kind, Src>(panel, steps, few, packed.data(), sums);
       };
       if (by_rows) {
         sum_rows_of_b<Kind>(from, g.b_k, kc, cols, few, sums, width);
