@@ -185,10 +185,12 @@ class Parameter {
       data_ = data_of<A>(view);
       return;
     }
-    if (view.present()) load_row(view, 0, n, own_.data());
-    for (int64_t i = 0; i < n; ++i) {
-      own_[i] = view.present() ? own_[i] + static_cast<A>(offset) : static_cast<A>(otherwise);
+    if (!view.present()) {
+      for (int64_t i = 0; i < n; ++i) own_[i] = static_cast<A>(otherwise);
+      return;
     }
+    load_row(view, 0, n, own_.data());
+    for (int64_t i = 0; i < n && offset != 0; ++i) own_[i] += static_cast<A>(offset);
   }
   ISOTILE_INLINE const A* data() const { return data_; }
 
