@@ -380,7 +380,7 @@ KERNELS = [
     Mutant(
         "quantized_panel_begins_again",
         "csrc/ops/_quantized_panels.h",
-        "begins = whole || k0 == 0, ends",
+        "begins = grouped || k0 == 0, ends",
         "begins = true, ends",
         "the sums of a long row's first part are dropped",
         ("tests/test_quantized_linear.py::test_integer_products_have_the_references_bits[10-35-8300-cpu]",),

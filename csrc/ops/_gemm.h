@@ -8,9 +8,9 @@
 namespace isotile {
 namespace ISOTILE_ISA {
 
-// Products of bfloat16 on matrix tiles or with vdpbf16ps: makes elements [k0, k0 + count) of rows [j, j + rows) of a matrix
-// whose rows are b's columns (or rows). Each row lies `ld` elements after the last and is filled up with zeros to a
-// multiple of 128; k0 is such a multiple, count at most 256.
+// For products of bfloat16 on matrix tiles or with vdpbf16ps: makes elements [k0, k0 + count) of rows [j, j + rows) of a
+// matrix whose rows are b's columns (or rows). Each row lies `ld` elements after the last and is filled up with zeros to
+// a multiple of 128; k0 is such a multiple, count at most 256.
 using MakeB = void (*)(const void* b, int64_t j, int64_t rows, int64_t k0, int64_t count, BFloat16* out, int64_t ld);
 
 // y [m, n] = epilogue(a [m, k] @ b [k, n]). Strides in elements.

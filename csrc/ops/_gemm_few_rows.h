@@ -18,7 +18,7 @@ constexpr int64_t kStepsAtOnce = 32, kMadeStepsAtOnce = 64, kNarrowSteps = 128;
 constexpr int kNarrowVecs = 2;
 template <class Kind, class Src>
 inline bool narrow(const Gemm& g) {
-  return Kind::kPerStep == 1 && sizeof(Src) == 2 && g.k >= 2048;
+  return Kind::kPerStep == 1 && sizeof(Src) == 2 && g.b_k == 1 && g.k >= 2048;
 }
 
 // One chunk of a problem's rows: where each one's steps start.

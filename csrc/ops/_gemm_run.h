@@ -143,8 +143,8 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   const int64_t threads = work <= kSerialWork ? 1 : num_threads();
   const bool few = most_panels <= ceil_div(kFewRows, kTileRows);
 
-  // A task's rows of one chunk stay in L2 while all its columns pass; each block of rows packs b again, which
-  // costs too much where b is made first. Where sums are kept from chunk to chunk, they limit the columns.
+  // A task's rows of one chunk stay in L2 while all its columns pass; each block of rows packs b again, which costs too
+  // much where b is made first. Where sums are kept from chunk to chunk, they limit the columns.
   const int64_t near = l2_cache_bytes() / 4 * 3;
   const int64_t chunk_bytes = most(1, least(most_k, Kind::kChunk)) * static_cast<int64_t>(sizeof(Packed));
   const int64_t most_columns = (source.first.out.plain(Kind::kAccType) ? 64 : 16) * kWidth;

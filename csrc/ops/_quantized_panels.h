@@ -127,12 +127,12 @@ enum class Zeros { kShared, kOwn, kOffsets };
 template <int kRows, Zeros kZeros>
 inline void sum_panel(const QuantizedWeight& w, const PanelFactors& f, const QuantizedRows& x, int64_t row, int64_t k0,
                       int64_t k1, const uint8_t* panel, float* sums, Prefetch* prefetch) {
-  const bool whole = w.groups > 1, begins = whole || k0 == 0, ends = whole || k1 >= w.k;
-  const int64_t length = whole ? w.group : k1 - k0;
+  const bool grouped = w.groups > 1, begins = grouped || k0 == 0, ends = grouped || k1 >= w.k;
+  const int64_t length = grouped ? w.group : k1 - k0;
   const int8_t* q[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) q[r] = x.q + (row + r) * x.ld;
-  int64_t g = whole ? k0 / length : 0;
+  int64_t g = grouped ? k0 / length : 0;
   for (int64_t k = k0; k < k1; ++g) {
     __m512i acc[kRows][2];
     const int32_t* of_group = x.sums + g * x.m + row;
