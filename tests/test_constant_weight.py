@@ -14,8 +14,14 @@ from torch.func import functional_call, vmap
 
 import isotile
 import isotile.nn
+from isotile import huge_pages
+from isotile.backends import named
+from isotile.backends.cpu import extension, panel_step
+from isotile.library import call
+from isotile.ops import packed_linear
 
-DTYPES = (torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = tuple(dtype for dtype in FLOATS if panel_step(dtype) is not None)
 
 
 def layer(k=12, n=5, dtype=torch.float32, **options):
@@ -57,21 +63,75 @@ def test_bits_are_those_of_the_plain_weight(k, n, dtype):
         with torch.no_grad():
             assert torch.equal(module(x), plain(module, x))
             assert torch.equal(module(x, residual=residual), plain(module, x, residual=residual))
-    if n > 1 and k > 1:
-        assert module._packed.matrix.stride() == (1, n)
-    assert module._packed.matrix.shape == module.weight.shape
+    assert module._packed.panels.shape == packed_linear.panel_shape(n, k, panel_step(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n, k", ((64, 8), (130, 7), (5, 1), (0, 4), (3, 0)))
+def test_panels(n, k, dtype):
+    weight = torch.randn(n, k).to(dtype)
+    for step in (1, 2):
+        panels = packed_linear.pack(weight.t().contiguous().t(), step)
+        assert panels.shape == packed_linear.panel_shape(n, k, step)
+        wanted = torch.zeros(panels.shape[0] * 64, panels.shape[1] * step, dtype=dtype)
+        wanted[:n, :k] = weight
+        for row in range(0, wanted.shape[0], 3):
+            for column in range(wanted.shape[1]):
+                found = panels[row // 64, column // step, row % 64 * step + column % step]
+                assert torch.equal(found, wanted[row, column])
+
+
+def test_wrong_and_strided_panels():
+    weight, x = torch.randn(70, 9), torch.randn(3, 9)
+    panels = packed_linear.pack(weight, 1)
+    with pytest.raises(ValueError, match=r"isotile\.linear: panels: wanted shape \[2, 9, 64\], got \[1, 9, 64\]"):
+        call("packed_linear", x, weight, panels[:1])
+    with pytest.raises(ValueError, match=r"wanted shape \[2, 9, 64\] or \[2, 5, 128\], got"):
+        call("packed_linear", x.bfloat16(), weight.bfloat16(), panels[:1].bfloat16())
+    strided = panels.transpose(0, 2).contiguous().transpose(0, 2)
+    found = call("packed_linear", x, weight, strided)[0]
+    assert torch.equal(found, isotile.linear(x, weight))
+
+
+@pytest.mark.parametrize("backend", [f"cpu[{isa}]" for isa, runs in extension()[0].instruction_sets() if runs])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k, n", ((9, 70), (129, 64), (1100, 200)))
+def test_every_instruction_set_reads_panels(k, n, dtype, backend):
+    named(backend)
+    weight, bias = torch.randn(n, k).to(dtype), torch.randn(n)
+    options = {"activation": "silu"}
+    for rows in (1, 2, 4, 5, 7, 16, 17, 40):
+        x, residual = torch.randn(rows, k).to(dtype), torch.randn(rows, n).to(dtype)
+        with isotile.use_backend(backend):
+            wanted = isotile.linear(x, weight, bias, residual=residual, **options)
+            for step in (1, 2)[: 1 + (dtype == torch.bfloat16)]:
+                panels = packed_linear.pack(weight, step)
+                found = call("packed_linear", x, weight, panels, bias, residual=residual, **options)[0]
+                if backend == "cpu[amx]" and dtype.itemsize == 2:  # tiles have an order of their own
+                    torch.testing.assert_close(found, wanted)
+                else:
+                    assert torch.equal(found, wanted), (rows, step)
+
+
+def test_panels_are_on_huge_pages():
+    module = filled(1024, 1024)
+    assert module._packed.panels.data_ptr() % (2 << 20) == 0
+    assert same_as_plain(module)
+    for size in (0, 1, 2 << 20, (2 << 20) + 1, (4 << 20) + 4096):
+        tensor = huge_pages.empty((size,), torch.uint8)
+        assert tensor.shape == (size,) and tensor.fill_(7).eq(7).all()
 
 
 def test_the_copy_is_made_once():
     module = filled()
-    matrix = module._packed.matrix
+    panels = module._packed.panels
     x = torch.randn(4, 12)
     with torch.no_grad():
         module(x)
         module(x[:1])
     with torch.inference_mode():
         module(x)
-    assert module._packed.matrix is matrix
+    assert module._packed.panels is panels
 
 
 def optimizer_step(optimizer, **options):
@@ -256,14 +316,14 @@ def test_gradients_pass_a_frozen_weight(dtype):
     module = layer(33, 17, dtype, activation="gelu").requires_grad_(False)
     with torch.inference_mode():
         assert keeps(module)  # made here, and autograd saves it below
-    matrix = module._packed.matrix
+    panels = module._packed.panels
     for rows in (1, 3, 20):
         x = torch.randn(rows, 33, dtype=dtype)
         found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
         module(found).square().sum().backward()
         plain(module, wanted).square().sum().backward()
         assert torch.equal(found.grad, wanted.grad)
-    assert module._packed.matrix is matrix
+    assert module._packed.panels is panels
 
 
 class Subclass(torch.Tensor):
@@ -278,7 +338,7 @@ def test_only_the_weights_of_the_rule_are_copied():
         assert keeps(layer(dtype=torch.float64))
         assert not keeps(isotile.nn.Linear(12, 5))
         for dtype in (torch.bfloat16, torch.float16):
-            assert not keeps(layer(dtype=dtype))
+            assert keeps(layer(dtype=dtype)) == (dtype in DTYPES)
         shared = layer()
         shared.share_memory()
         assert not keeps(shared)
@@ -324,7 +384,7 @@ def test_functional_calls_use_their_own_weight():
     torch.testing.assert_close(gradient, x.sum(0).expand(5, 12))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight))
-        assert module._packed_or_plain(x, dual) is dual
+        assert module._panels(x, dual) is None
 
 
 def test_parametrized_weights():
@@ -410,15 +470,16 @@ def test_the_copy_is_no_part_of_the_state():
 )
 def test_the_copy_is_freed(free):
     module = filled()
-    matrix = weakref.ref(module._packed.matrix)
+    panels = weakref.ref(module._packed.panels)
     free(module)
     gc.collect()
-    assert module._packed is None and matrix() is None
+    assert module._packed is None and panels() is None
 
 
 def test_a_weight_that_cannot_be_copied_frees_the_old_ones():
     module = filled()
-    set_weight(module, torch.randn(5, 12, dtype=torch.bfloat16))
+    shared = torch.randn(5, 12).share_memory_()
+    set_weight(module, shared)
     with torch.no_grad():
         assert not keeps(module)
 

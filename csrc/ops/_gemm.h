@@ -13,12 +13,18 @@ namespace ISOTILE_ISA {
 // a multiple of 128; k0 is such a multiple, count at most 256.
 using MakeB = void (*)(const void* b, int64_t j, int64_t rows, int64_t k0, int64_t count, BFloat16* out, int64_t ld);
 
+// A weight that stays may lie in panels of so many columns, the last filled up with zeros: [panel][k][column]. Pairs:
+// [panel][k / 2][column][2], an odd k filled up likewise.
+constexpr int64_t kPanelColumns = 64;
+
 // y [m, n] = epilogue(a [m, k] @ b [k, n]). Strides in elements.
 struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   Matrix a;  // rows m, columns k
   const void* b = nullptr;
   int64_t b_offset = 0, b_k = 0, b_n = 0;
+  int64_t b_panel = 0;   // where b lies in panels: from one to the next; b_n is 1
+  bool b_pairs = false;  // b lies in panels of pairs, for a of bfloat16; its elements are pairs, and b_k is half of a row
   MakeB make_b = nullptr;     // where b is not in memory
   bool made_by_rows = false;  // b's rows are made, not its columns: on matrix tiles only
   Epilogue out;

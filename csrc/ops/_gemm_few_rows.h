@@ -96,14 +96,6 @@ inline void sum_blocks_of_b(const ColumnPanel<Kind>& whole, int64_t steps_at_onc
   }
 }
 
-// Columns [j, j + cols) of chunk [k0, k0 + kc) of b.
-template <class Kind>
-inline ColumnPanel<Kind> panel_of(const Gemm& g, int64_t item, int64_t k0, int64_t kc, int64_t j, int64_t cols) {
-  const char* at = nullptr;
-  if (g.make_b == nullptr) at = static_cast<const char*>(g.b) + (g.b_offset + k0 * g.b_k + j * g.b_n) * item;
-  return {at, item, g.b_k, g.b_n, kc, cols, ceil_div(cols, Kind::kLanes) * Kind::kLanes, g.make_b, g.b, j, k0};
-}
-
 template <class Kind, class Src>
 constexpr bool kBlocksInRegisters = transposes_quads<Kind, Src>();
 constexpr int64_t kDotColumns = 16;  // of dot_columns, at a time
@@ -233,31 +225,77 @@ inline void dot_columns(const Src* b, int64_t b_n, int64_t kc, int64_t left, int
 }
 #endif
 
-// Columns [n0, n1) of a problem of few rows.
+// Whether the register tile reads b's elements themselves.
 template <class Kind, class Src>
-inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>& a) {
+constexpr bool kReadInPlace = std::is_same_v<Src, typename Kind::Packed> ||
+                              (std::is_same_v<float, typename Kind::Packed> && sizeof(Src) == 2);
+
+// Columns [n0, n1) of b that lies in panels, n0 the first of one. Each block of a panel comes into L1 once; what comes
+// next is fetched while all rows pass over it.
+template <class Kind, class Src>
+inline void few_rows_of_panels(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>& a) {
+  using Acc = typename Kind::Acc;
+  using V = Vec<Acc>;
+  constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes, kPer = Kind::kPerStep;
+  constexpr int64_t kStepBytes = kPanelColumns * static_cast<int64_t>(sizeof(Src)), kAhead = 8192;
+  static_assert(kPanelColumns % kWidth == 0);
+  const int64_t panels = panel_count(g.m);
+  const int64_t block = panels == 1 && kWidth == kPanelColumns ? Kind::kChunk : kStepsAtOnce * kPer;
+  Scratch<Acc> totals(g.m * kPanelColumns), chunk_sums(g.k > Kind::kChunk ? g.m * kPanelColumns : 0);
+  for (int64_t j = n0; j < n1; j += kPanelColumns) {
+    const int64_t cols = least(kPanelColumns, n1 - j), across = ceil_div(cols, kWidth), width = across * kWidth;
+    for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
+      const int64_t kc = least(g.k - k0, Kind::kChunk);
+      Acc* sums = k0 == 0 ? totals.data() : chunk_sums.data();
+      const Src* chunk = reinterpret_cast<const Src*>(panel_of<Kind>(g, sizeof(Src), k0, kc, j, cols).src);
+      for (int64_t k = 0; k < kc; k += block) {
+        const int64_t steps = Kind::steps(least(block, kc - k));
+        const Src* b = chunk + k * g.b_k;
+        Prefetch prefetch{reinterpret_cast<const char*>(b) + kAhead, kAhead, 0, 1,
+                          ceil_div(4 * kStepBytes / 64, across * panels)};
+        for (int64_t c = 0; c < width; c += kWidth) {
+          for (int64_t p = 0; p < panels; ++p) {
+            const int64_t row = panel_row(g.m, p), rows = panel_row(g.m, p + 1) - row;
+            const typename Kind::Packed* at[kTileRows];
+            for (int64_t i = 0; i < rows; ++i) at[i] = a.at(row + i, k0, kc) + k / kPer;
+            tile_with_rows<Kind, kRegisterVecs, Src>(rows)(steps, at, b + c, kPanelColumns,
+                                                           sums + row * width + c, width,
+                                                           k == 0 ? Into::kSet : Into::kContinue, &prefetch);
+          }
+        }
+      }
+      if (k0 == 0) continue;
+      for (int64_t i = 0; i < g.m * width; i += Kind::kLanes)
+        (V::load(totals.data() + i) + V::load(sums + i)).store(totals.data() + i);
+    }
+    finish(g.out, totals.data(), width, 0, g.m, j, cols);
+  }
+}
+
+// Columns [n0, n1) of any other b.
+template <class Kind, class Src>
+inline void few_rows_of_elements(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>& a) {
   using Acc = typename Kind::Acc;
   using V = Vec<Acc>;
   constexpr int64_t kWidth = kRegisterVecs * Kind::kLanes;
-  if (g.k == 0 || g.m > kFewRows) return false;
   const bool by_rows = g.b_n == 1 && g.m <= 4;
   // One vector of columns at a time for dot_columns: columns a power of two apart compete for the same cache sets.
   const bool by_dots = kBlocksInRegisters<Kind, Src> && !by_rows && g.b_k == 1 && g.m <= 4 && !g.make_b;
   const int64_t steps = g.make_b != nullptr ? kMadeStepsAtOnce : narrow<Kind, Src>(g) ? kNarrowSteps : kStepsAtOnce;
   const int64_t width_of_block = narrow<Kind, Src>(g) ? least(kNarrowVecs, kRegisterVecs) * Kind::kLanes : kWidth;
-  const int64_t most_width = by_rows   ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes)
+  const bool wide = by_rows && g.b_panel == 0;
+  const int64_t most_width = wide      ? most(8 * Kind::kLanes, 4096 / g.m / Kind::kLanes * Kind::kLanes)
                              : by_dots ? kDotColumns
                                        : width_of_block;
   Scratch<Acc> totals(g.m * most_width), chunk_sums(g.k > Kind::kChunk ? g.m * most_width : 0);
   Scratch<typename Kind::Packed> packed(steps * width_of_block);
-  const Src* b = g.make_b != nullptr ? nullptr : static_cast<const Src*>(g.b) + g.b_offset;
   for (int64_t j = n0; j < n1; j += most_width) {
     const int64_t cols = least(most_width, n1 - j), width = ceil_div(cols, Kind::kLanes) * Kind::kLanes;
     for (int64_t k0 = 0; k0 < g.k; k0 += Kind::kChunk) {
       const int64_t kc = least(g.k - k0, Kind::kChunk);
       const FewRows<Kind> few(a, g.m, k0, kc);
       Acc* sums = k0 == 0 ? totals.data() : chunk_sums.data();
-      const Src* from = g.make_b != nullptr ? nullptr : b + k0 * g.b_k + j * g.b_n;
+      const Src* from = g.make_b != nullptr ? nullptr : static_cast<const Src*>(g.b) + offset_of_b(g, k0, j);
       const auto by_blocks = [&] {
         const ColumnPanel<Kind> panel = panel_of<Kind>(g, sizeof(Src), k0, kc, j, cols);
         sum_blocks_of_b<Kind, Src>(panel, steps, few, packed.data(), sums);
@@ -277,6 +315,20 @@ inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>&
     }
     finish(g.out, totals.data(), width, 0, g.m, j, cols);
   }
+}
+
+// Columns [n0, n1) of a problem of few rows.
+template <class Kind, class Src>
+inline bool few_rows(const Gemm& g, int64_t n0, int64_t n1, const RowsOfA<Kind>& a) {
+  if (g.k == 0 || g.m > kFewRows) return false;
+  if constexpr (kReadInPlace<Kind, Src>) {
+    if (g.b_panel != 0) {
+      few_rows_of_panels<Kind, Src>(g, n0, n1, a);
+      return true;
+    }
+  }
+  if constexpr (std::is_same_v<Src, uint32_t>) return false;
+  else few_rows_of_elements<Kind, Src>(g, n0, n1, a);
   return true;
 }
 

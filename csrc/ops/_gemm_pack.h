@@ -257,7 +257,7 @@ struct ColumnPanel {
     const int64_t rows = by_columns() ? least(begin(end), cols) - first
                                       : least(begin(end) * Kind::kPerStep, kc) - first * Kind::kPerStep;
     if (rows <= 0) return p;
-    const int64_t bytes = (by_columns() ? kc : cols) * item;
+    const int64_t bytes = (by_columns() ? kc : most(1, least(cols, sk))) * item;
     p.row = src + (by_columns() ? first * sn : first * Kind::kPerStep * sk) * item;
     p.row_stride = (by_columns() ? sn : sk) * item;
     p.row_lines = ceil_div(bytes, 64);
@@ -271,6 +271,23 @@ struct ColumnPanel {
     if constexpr (std::is_same_v<Kind, PairKind> && std::is_same_v<Src, BFloat16>)
       if (make != nullptr) return pack_made(dst, part, end);
 #endif
+    if constexpr (std::is_same_v<Src, typename Kind::Packed> && Kind::kPerStep == 2) return;  // they are read in place
+    else if constexpr (std::is_same_v<Src, uint32_t>) pack_pairs(dst, part, end);
+    else pack_elements<Src>(dst, part, end);
+  }
+
+ private:
+  // Pairs of bfloat16 as two steps.
+  void pack_pairs(typename Kind::Packed* dst, int64_t part, int64_t end) const {
+    for (int64_t s = begin(part); s < begin(end); ++s) {
+      const uint32_t* p = reinterpret_cast<const uint32_t*>(src) + s / 2 * kPanelColumns;
+      for (int64_t j = 0; j < width; ++j)
+        dst[s * width + j] = to_float(BFloat16{static_cast<uint16_t>(p[j] >> (s % 2 * 16))});
+    }
+  }
+
+  template <class Src>
+  void pack_elements(typename Kind::Packed* dst, int64_t part, int64_t end) const {
     const Src* src = reinterpret_cast<const Src*>(this->src);
     constexpr int64_t kPer = Kind::kPerStep;
     const int64_t steps = Kind::steps(kc), b0 = begin(part), b1 = begin(end);
@@ -305,7 +322,6 @@ struct ColumnPanel {
   }
 
 #if ISOTILE_HAS_BF16_DOT
- private:
   void pack_made(typename Kind::Packed* dst, int64_t part, int64_t end) const {
     constexpr int64_t kAtOnce = 256;
     alignas(64) BFloat16 rows[16 * kAtOnce];
@@ -324,6 +340,20 @@ struct ColumnPanel {
   }
 #endif
 };
+
+// Where element (k, j) of b lies.
+inline int64_t offset_of_b(const Gemm& g, int64_t k, int64_t j) {
+  const int64_t column = g.b_panel != 0 ? j / kPanelColumns * g.b_panel + j % kPanelColumns : j * g.b_n;
+  return g.b_offset + k * g.b_k + column;
+}
+
+// Columns [j, j + cols) of chunk [k0, k0 + kc) of b; where b lies in panels, of one of them.
+template <class Kind>
+inline ColumnPanel<Kind> panel_of(const Gemm& g, int64_t item, int64_t k0, int64_t kc, int64_t j, int64_t cols) {
+  const char* at = nullptr;
+  if (g.make_b == nullptr) at = static_cast<const char*>(g.b) + offset_of_b(g, k0, j) * item;
+  return {at, item, g.b_k, g.b_n, kc, cols, ceil_div(cols, Kind::kLanes) * Kind::kLanes, g.make_b, g.b, j, k0};
+}
 
 }  // namespace ISOTILE_ISA
 }  // namespace isotile

@@ -79,8 +79,12 @@ inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, in
     return panel_of<Kind>(g, packers.b_item, k0, least(g.k - k0, Kind::kChunk), n0 + j, cols);
   };
   constexpr int64_t kFewPanels = 40;
-  const auto as_it_is = [&](const Panel& panel) { return packers.b_as_it_is && panel.sn == 1 && panel.cols == kWidth; };
-  const bool unpacked = panels <= kFewPanels && fits(most_k, kWidth * packers.b_item, g.b_k * packers.b_item, l2_cache_bytes() / 2);
+  const int64_t b_step = g.b_k * Kind::kPerStep;
+  const auto as_it_is = [&](const Panel& panel) {
+    return packers.b_as_it_is && panel.sn == 1 && (g.b_panel != 0 || panel.cols == kWidth);
+  };
+  const bool near = fits(most_k, kWidth * packers.b_item, b_step * packers.b_item, l2_cache_bytes() / 2);
+  const bool unpacked = g.b_panel != 0 || (panels <= kFewPanels && near);
   Panel next = panel_at(0);
   Packed* b_next = b_packed.data();
   if (!as_it_is(next)) packers.pack_b(next, b_next, 0, Panel::kParts);
@@ -106,7 +110,7 @@ inline void run_task(const Packers<Kind>& packers, const Gemm& g, int64_t p0, in
       const auto tile = [&](Acc* c, int64_t ldc) {
         const Packed* source = reinterpret_cast<const Packed*>(panel.src);
         if (unpacked && as_it_is(panel))
-          tile_function<Kind>(h, kWidth)(steps, a, source, g.b_k, c, ldc, into, &prefetch);
+          tile_function<Kind>(h, panel.width)(steps, a, source, b_step, c, ldc, into, &prefetch);
         else if (p == p0 && as_it_is(panel))
           packing_tile<Kind>(h)(steps, a, source, g.b_k, b_panel, c, ldc, into, &prefetch);
         else
@@ -152,7 +156,8 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   Blocking block{most_columns, least(most_panels, most(20, least(340, near_panels)))};
   const auto tasks = [&] { return ceil_div(n, block.columns) * ceil_div(panels, block.panels); };
   if (few) {
-    block.columns = most(kWidth, least(2048, ceil_div(ceil_div(n, 2 * threads), kWidth) * kWidth));
+    const int64_t whole = source.first.b_panel != 0 ? kPanelColumns : kWidth;
+    block.columns = most(whole, least(2048, ceil_div(ceil_div(n, 2 * threads), whole) * whole));
   } else if (threads > 1) {
     while (block.columns > 2 * kWidth && tasks() < 4 * threads) block.columns /= 2;
     while (block.panels > 4 && tasks() < 2 * threads) block.panels = ceil_div(block.panels, 2);
@@ -299,16 +304,23 @@ void redo_not_finite(const GemmList& list) {
 #endif
 
 void run_gemms(DType a, DType b, const GemmList& list) {
+  const bool panels = list.first.b_panel != 0;
+#if ISOTILE_HAS_BF16_DOT
+  if (list.first.b_pairs) return run_kind<PairKind, BFloat16, uint32_t>(list);
+#else
+  if (list.first.b_pairs) return run_kind<FloatKind<float>, BFloat16, uint32_t>(list);
+#endif
 #if ISOTILE_HAS_TILES
-  if (a == DType::kBFloat16 && b == DType::kBFloat16) {
+  if (a == DType::kBFloat16 && b == DType::kBFloat16 && !panels) {
     run_tiled<Bf16Tiles>(list);
     return;
   }
-  if (a == DType::kFloat16 && b == DType::kFloat16) {
+  if (a == DType::kFloat16 && b == DType::kFloat16 && !panels) {
     if (run_tiled<F16Tiles>(list)) redo_not_finite(list);
     return;
   }
-#elif ISOTILE_HAS_BF16_DOT
+#endif
+#if ISOTILE_HAS_BF16_DOT
   if (a == DType::kBFloat16 && b == DType::kBFloat16) return run_kind<PairKind, BFloat16, BFloat16>(list);
 #endif
   dispatch_float(a, [&](auto type_a) {
@@ -317,7 +329,7 @@ void run_gemms(DType a, DType b, const GemmList& list) {
       using B = typename decltype(type_b)::type;
       using T = decltype(Accumulator<A>() + Accumulator<B>());
       if constexpr (sizeof(A) == 4 && sizeof(B) == 4) {
-        if (run_direct(list)) return;
+        if (!panels && run_direct(list)) return;
       }
       run_kind<FloatKind<T>, A, B>(list);
     });

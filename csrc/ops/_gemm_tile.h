@@ -4,6 +4,8 @@
 // vectors of b, one broadcast of a; each load of b serves 6 products and each broadcast 4, so the products set the
 // pace.
 #pragma once
+#include <type_traits>
+
 #include "base/dtype.h"
 #include "base/tensor_view.h"
 #include "simd/vec.h"
@@ -164,15 +166,22 @@ struct Tile {
   }
 };
 
+// A vector of packed steps, or of elements that are steps but for their type.
+template <class Kind, class Src>
+ISOTILE_INLINE typename Kind::Operand load_step(const Src* p) {
+  if constexpr (std::is_same_v<Src, typename Kind::Packed>) return Kind::load(p);
+  else return Kind::template lanes<true>(p, 0, 0, 0);
+}
+
 // What becomes of c: the sum over the steps, c plus that sum, or c with the steps' products added one after another.
 enum class Into { kSet, kAdd, kContinue };
 
 // c [kRows, kVecs vectors], row stride ldc. a: where each row's steps start; b: the first step, the others `b_step`
 // elements apart. prefetch fetches what comes next.
-template <class Kind, int kRows, int kVecs>
-__attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Packed* const* a,
-                                         const typename Kind::Packed* b, int64_t b_step, typename Kind::Acc* c,
-                                         int64_t ldc, Into into, Prefetch* prefetch) {
+template <class Kind, int kRows, int kVecs, class Src>
+__attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Packed* const* a, const Src* b,
+                                         int64_t b_step, typename Kind::Acc* c, int64_t ldc, Into into,
+                                         Prefetch* prefetch) {
   Tile<Kind, kRows, kVecs> tile;
   if (into == Into::kContinue) {
     tile.load(c, ldc);
@@ -185,7 +194,7 @@ __attribute__((noinline)) void gemm_tile(int64_t steps, const typename Kind::Pac
   const auto step = [&](int64_t s) __attribute__((always_inline)) {
     typename Kind::Operand bv[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) bv[v] = Kind::load(b + v * Kind::kLanes);
+    for (int v = 0; v < kVecs; ++v) bv[v] = load_step<Kind>(b + v * Kind::kLanes);
     tile.step(row, s, bv);
     b += b_step;
   };
@@ -232,19 +241,19 @@ __attribute__((noinline)) void gemm_tile_packing(int64_t steps, const typename K
   tile.store(c, ldc, into == Into::kAdd);
 }
 
-template <class Kind>
-using TileFunction = void (*)(int64_t, const typename Kind::Packed* const*, const typename Kind::Packed*, int64_t,
-                              typename Kind::Acc*, int64_t, Into, Prefetch*);
+template <class Kind, class Src = typename Kind::Packed>
+using TileFunction = void (*)(int64_t, const typename Kind::Packed* const*, const Src*, int64_t, typename Kind::Acc*,
+                              int64_t, Into, Prefetch*);
 
-template <class Kind, int kVecs>
-inline TileFunction<Kind> tile_with_rows(int64_t rows) {
+template <class Kind, int kVecs, class Src = typename Kind::Packed>
+inline TileFunction<Kind, Src> tile_with_rows(int64_t rows) {
   switch (rows) {
-    case 1: return gemm_tile<Kind, 1, kVecs>;
-    case 2: return gemm_tile<Kind, 2, kVecs>;
-    case 3: return gemm_tile<Kind, 3, kVecs>;
-    case 4: return gemm_tile<Kind, 4, kVecs>;
-    case 5: return gemm_tile<Kind, 5, kVecs>;
-    default: return gemm_tile<Kind, 6, kVecs>;
+    case 1: return gemm_tile<Kind, 1, kVecs, Src>;
+    case 2: return gemm_tile<Kind, 2, kVecs, Src>;
+    case 3: return gemm_tile<Kind, 3, kVecs, Src>;
+    case 4: return gemm_tile<Kind, 4, kVecs, Src>;
+    case 5: return gemm_tile<Kind, 5, kVecs, Src>;
+    default: return gemm_tile<Kind, 6, kVecs, Src>;
   }
 }
 

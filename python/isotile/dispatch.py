@@ -74,7 +74,7 @@ class Plan:
 
 
 def _where(spec: OpSpec, argument: str) -> str:
-    public = spec.name.removesuffix("_backward") if spec.internal else spec.name
+    public = spec.name.removeprefix("packed_").removesuffix("_backward") if spec.internal else spec.name
     return f"isotile.{public}: {argument}"
 
 

@@ -15,27 +15,29 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import isotile
 
-from . import fast_path
+from . import fast_path, huge_pages
+from .backends.cpu import panel_step
 from .fast_path import PLAIN
+from .library import call
+from .ops import packed_linear
 from .state import CURRENT
 
 __all__ = ["LayerNorm", "Linear", "QuantizedLinear", "RMSNorm", "Softmax"]
 
-_PACKED_DTYPES = (torch.float32, torch.float64)
-
-
 class Linear(torch.nn.Linear):
     """activation(x @ weight.T + bias) + residual, see `isotile.linear`.
 
-    With `constant_weight` the layer keeps a second copy of the weight, laid out as the CPU kernels read it, instead of
-    transposing the weight at every call. The price is that copy's memory: as much again as the weight, in every layer.
-    It is made at the first call that uses it, and has no part in `state_dict`, in buffers, in pickles and in deep
-    copies. With the kernels of the cpu backend the result has the same bits.
+    With `constant_weight` the layer keeps a second copy of the weight: in panels, as the CPU kernels read it, and on
+    huge pages. Few rows of x, where reading the weight is the work, gain most; many are spared the packing of each
+    call. The price is that copy's memory: as much again as the weight, in every layer. It is made at the first call
+    that uses it, and has no part in `state_dict`, in buffers, in pickles and in deep copies. The result has the same
+    bits.
 
     The copy is used where all of this holds; every other call uses the weight itself:
 
-    * x and the weight are plain tensors, and the weight is on the CPU in float32 or float64, but neither an inference
-      tensor (it has no version counter) nor in memory shared with other processes;
+    * x and the weight are plain tensors, and the weight is on the CPU, but neither an inference tensor (it has no
+      version counter) nor in memory shared with other processes;
+    * the weight is not of 16 bits on a CPU with matrix tiles (AMX), which take it as it is;
     * the weight needs no gradient: the call is under `torch.no_grad()` or `torch.inference_mode()`, or the weight is
       frozen and has no forward-mode tangent;
     * nothing is traced or transformed: no torch.compile, torch.export or torch.jit.trace, no FakeTensor or other mode,
@@ -85,10 +87,13 @@ class Linear(torch.nn.Linear):
         """x: [..., in_features]; residual: [..., out_features] or None. Returns [..., out_features]."""
         weight = self.weight
         if self._constant_weight and not torch.compiler.is_compiling():
-            weight = self._packed_or_plain(x, weight)
+            panels = self._panels(x, weight)
+            if panels is not None:
+                return call("packed_linear", x, weight, panels, self.bias, self.activation, residual)[0]
         return isotile.linear(x, weight, self.bias, activation=self.activation, residual=residual)
 
-    def _packed_or_plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _panels(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """The weight in panels, where this call may use them."""
         if (
             type(x) not in PLAIN
             or (weight.requires_grad and torch.is_grad_enabled())
@@ -96,24 +101,25 @@ class Linear(torch.nn.Linear):
             or (signature := fast_path.signature(weight)) is None  # a mode is in force, or the weight is not plain
             or weight.is_inference()
         ):
-            return weight
+            return None
         # Read before the copy is made: a write meanwhile makes it a stale one, never one that is taken for fresh.
         state = (weight.data_ptr(), weight._version, _latest_step, signature)
         packed = self._packed
         if packed is not None and packed.weight is weight and packed.state == state:
-            return packed.matrix
+            return packed.panels
         if packed is not None:
             self._packed = packed = None  # of an earlier weight, and freed before the next copy takes memory
         if (
             not weight.is_cpu
-            or weight.dtype not in _PACKED_DTYPES
+            or weight.ndim != 2
+            or panel_step(weight.dtype) is None
             or weight.is_shared()
             or torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
         ):
-            return weight
+            return None
         _watch_optimizers()
         packed = self._packed = _PackedWeight(weight, state)  # at once, as other threads may be here too
-        return packed.matrix
+        return packed.panels
 
     def _apply(self, fn, recurse=True):
         self._packed = None  # whatever moves the weight leaves no copy of the old one behind
@@ -125,18 +131,22 @@ class Linear(torch.nn.Linear):
 
 
 class _PackedWeight:
-    """A column-major copy of a weight, and the state of the weight that it was made from.
+    """A copy of a weight in panels, and the state of the weight that it was made from.
 
     Address and version say nothing once the weight is gone: the next one may have both. So the weight is kept, and its
     storage too, which an assignment to `weight.data` would free.
     """
 
-    __slots__ = ("matrix", "state", "storage", "weight")
+    __slots__ = ("panels", "state", "storage", "weight")
 
     def __init__(self, weight: torch.Tensor, state: Hashable) -> None:
         self.weight, self.storage, self.state = weight, weight.untyped_storage(), state
         with torch.inference_mode(False), torch.no_grad():  # a normal tensor: autograd may save it later
-            self.matrix = weight.detach().t().contiguous().t()
+            step = panel_step(weight.dtype)
+            assert step is not None
+            n, k = weight.shape
+            panels = huge_pages.empty(packed_linear.panel_shape(n, k, step), weight.dtype)
+            self.panels = packed_linear.pack(weight.detach(), step, panels)
 
     def __reduce__(self):
         return type(None), ()  # pickled and deep copied as None

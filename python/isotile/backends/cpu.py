@@ -73,6 +73,20 @@ def instruction_set() -> str:
     return asked
 
 
+def panel_step(dtype: torch.dtype) -> int | None:
+    """The step that the kernels read a constant weight's panels with, see `isotile.ops.packed_linear`.
+
+    None: they read the weight itself. That is so for dtypes that they do not know, for those that matrix tiles take,
+    and where there are no kernels.
+    """
+    if dtype not in FLOATS or extension()[0] is None:
+        return None
+    isa = instruction_set()
+    if isa == "amx" and dtype.itemsize == 2:
+        return None
+    return 2 if dtype == torch.bfloat16 and isa == "avx512_bf16" else 1
+
+
 class CpuBackend:
     """The kernels of one instruction set: `isa`, or `ISOTILE_CPU_ISA`, or the best that this CPU runs."""
 

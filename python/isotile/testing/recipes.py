@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import dispatch, registry, shapes
+from ..ops import packed_linear
 from ..precision import exact
 from ..spec import FLOATS, Case, OpSpec, Scalar, Tensor
 from .draws import Drawn, Random, Source
@@ -276,16 +277,19 @@ def build(recipe: dict[str, Any], device: str = "cpu", spec: OpSpec | None = Non
     return Call(spec, recipe["overload"], values, full)
 
 
-#: Arguments that are made of others: a backward takes results of the forward.
-DERIVED = {"attention_backward": ("out", "lse")}
+#: Arguments that are made of others: a backward takes results of the forward, a packed weight is the weight.
+DERIVED = {"attention_backward": ("out", "lse"), "packed_linear": ("panels",)}
 
 
 def _consistent(spec: OpSpec, values: dict[str, Any]) -> None:
-    """A backward takes results of the forward: make those of the drawn inputs.
+    """Make the derived arguments of the drawn ones.
 
-    Taken from the float64 truth and rounded to float32 at first, so that machines whose float64 differs in the last
-    bits give the same ones.
+    Results of a forward are taken from the float64 truth and rounded to float32 at first, so that machines whose
+    float64 differs in the last bits give the same ones.
     """
+    if spec.name == "packed_linear":
+        step = values["panels"].shape[2] // packed_linear.PANEL_COLUMNS
+        values["panels"] = packed_linear.pack(values["weight"], step)
     if spec.name == "attention_backward":
         forward = registry.spec("attention")
         given = {n: values[n] for n in (*forward.tensors, *forward.scalars)}
