@@ -67,14 +67,7 @@ class Operator:
     def plan(self, overload: str, values: tuple[Any, ...], outs: Sequence[torch.Tensor] | None) -> dispatch.Plan:
         """The cached plan of a call given by all its parameters in order."""
         state = CURRENT.get()
-        tensors = [values[i] for i in self.tensor_positions]
-        key = (
-            overload,
-            state,
-            fast_path.signature(*tensors) or fast_path.describe(*tensors),
-            *[tuple(v) if isinstance(v, list) else v for v in map(values.__getitem__, self.scalar_positions)],
-            None if outs is None else fast_path.describe(*outs),
-        )
+        key = self._key(overload, values, outs)
         found = self.plans.get(key)
         if found is None:
             if len(self.plans) >= dispatch.MAX_PLANS:
@@ -86,13 +79,21 @@ class Operator:
             self.plans[key] = found
         return found
 
+    def _key(self, overload: str, values: tuple[Any, ...], outs: Sequence[torch.Tensor] | None) -> tuple[Any, ...]:
+        tensors = [values[i] for i in self.tensor_positions]
+        return (
+            overload,
+            CURRENT.get(),
+            fast_path.signature(*tensors) or fast_path.describe(*tensors),
+            *[tuple(v) if isinstance(v, list) else v for v in map(values.__getitem__, self.scalar_positions)],
+            None if outs is None else fast_path.signature(*outs) or fast_path.describe(*outs),
+        )
+
     def execute(
         self, overload: str, values: tuple[Any, ...], outs: Sequence[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Run a call on plain tensors; the overload's results, empty tensors for those not needed."""
-        if outs is not None:
-            self._check_outs(overload, values, outs)
-        plan = self.plan(overload, values, outs)
+        plan = self.plan(overload, values, None) if outs is None else self._plan_into(overload, values, outs)
         given = list(outs or ())  # the first results; the rest, such as attention's lse, are allocated
         filled = [None if spec is None else given.pop(0) if given else spec.empty() for spec in plan.outs]
         plan.run(*[values[i] for i in self.tensor_positions], *filled)
@@ -101,19 +102,27 @@ class Operator:
         nothing = values[self.tensor_positions[0]].new_empty
         return tuple(nothing(0) if (f := filled[i]) is None else f for i in self.result_positions[overload])
 
-    def _check_outs(self, overload: str, values: tuple[Any, ...], outs: Sequence[torch.Tensor]) -> None:
-        named = dict(zip(self.parameters, values, strict=True))
-        dispatch.check_types(self.spec, named)
-        dims = dispatch.bind_call(self.spec, named)
-        wanted = [o for o in dispatch.out_specs(self.spec, overload, named, dims) if o is not None]
-        dispatch.check_outs(self.spec, outs, wanted[: len(outs)] if len(outs) <= len(wanted) else wanted)
-        memory = [v for v in values if isinstance(v, torch.Tensor)]
+    def _plan_into(self, overload: str, values: tuple[Any, ...], outs: Sequence[torch.Tensor]) -> dispatch.Plan:
+        """The plan of a call with `out=`. Whatever is wrong raises before anything is written."""
+        try:
+            plan = self.plans.get(self._key(overload, values, outs))
+        except (AttributeError, TypeError):  # a wrong argument, which is named below
+            plan = None
+        if plan is None:
+            named = dict(zip(self.parameters, values, strict=True))
+            dispatch.check_types(self.spec, named)
+            dims = dispatch.bind_call(self.spec, named)
+            wanted = [o for o in dispatch.out_specs(self.spec, overload, named, dims) if o is not None]
+            dispatch.check_outs(self.spec, outs, wanted[: len(outs)] if len(outs) <= len(wanted) else wanted)
+        memory = [_span(v) for v in values if isinstance(v, torch.Tensor)]
         for out in outs:
-            if any(_overlap(out, other) for other in memory):
+            first, end, device = _span(out)
+            if any(first < b and a < end and device == other for a, b, other in memory):
                 raise ValueError(
                     f"isotile.{self.spec.name}: out: wanted memory of its own, got memory of an input or another result"
                 )
-            memory.append(out)
+            memory.append((first, end, device))
+        return plan or self.plan(overload, values, outs)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All parameters in order, defaults filled in; TypeError as Python's own for wrong names."""
@@ -429,17 +438,15 @@ class Operator:
         return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(results)
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors may share bytes: their address ranges meet."""
-    if a.device != b.device or a.numel() == 0 or b.numel() == 0:
-        return False
-
-    def span(t: torch.Tensor) -> tuple[int, int]:
-        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-    (a0, a1), (b0, b1) = span(a), span(b)
-    return a0 < b1 and b0 < a1
+def _span(tensor: torch.Tensor) -> tuple[int, int, torch.device]:
+    """The addresses between which a tensor's elements lie, and on which device."""
+    first, size = tensor.data_ptr(), tensor.nbytes
+    if size == 0:
+        return 0, 0, tensor.device
+    if not tensor.is_contiguous():
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        size = (last + 1) * tensor.element_size()
+    return first, first + size, tensor.device
 
 
 def _same_traced(a: Any, b: Any) -> bool:
