@@ -117,6 +117,9 @@ def test_panels_are_on_huge_pages():
     module = filled(1024, 1024)
     assert module._packed.panels.data_ptr() % (2 << 20) == 0
     assert same_as_plain(module)
+    quantized = isotile.quantize(module.weight, "int8")
+    assert quantized.packed.numel() == 1 << 20  # too small for one
+    assert isotile.quantize(torch.randn(2048, 1024), "int8").packed.data_ptr() % (2 << 20) == 0
     for size in (0, 1, 2 << 20, (2 << 20) + 1, (4 << 20) + 4096):
         tensor = huge_pages.empty((size,), torch.uint8)
         assert tensor.shape == (size,) and tensor.fill_(7).eq(7).all()

@@ -101,11 +101,12 @@ void norm_plain_rows(const NormForward& a, const Accumulator<T>* weight, const A
                      Reach reach, int64_t begin, int64_t end) {
   const int64_t n = row_length(a.y);
   RowWalker<4> walk({&a.x, &a.residual, &a.y, &a.sum}, begin);
+  RowsAhead<1> ahead({&a.x}, begin, end);
   Scratch<T> unwanted_sum(a.residual.present() && !a.sum.present() ? n : 0);
   for (int64_t row = begin; row < end; ++row) {
     const auto offset = walk.step();
     const T* x = data_of<T>(a.x) + offset.at[0];
-    const T* next_x = data_of<T>(a.x) + (row + 1 < end ? walk.offset[0] : offset.at[0]);
+    const T* next_x = data_of<T>(a.x) + ahead.step({{offset.at[0]}}).at[0];
     T* y = data_of<T>(a.y) + offset.at[2];
     if (a.residual.present()) {
       T* sum = a.sum.present() ? data_of<T>(a.sum) + offset.at[3] : unwanted_sum.data();

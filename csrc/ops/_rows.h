@@ -245,9 +245,9 @@ ISOTILE_INLINE bool aligned_for_stream(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (Vec<Accumulator<T>>::kLanes * sizeof(T)) == 0;
 }
 
-// What lies beyond the row at hand: kNear: all of it is in the second level of cache; kFar: the next row's inputs and
-// this one's output are asked for ahead of their use (the hardware's own prefetch stops at pages, and a first write
-// reads); kPast: the output is written past the caches.
+// What lies beyond the row at hand: kNear: all of it is in the second level of cache; kFar: later rows' inputs and this
+// one's output are asked for ahead of their use (the hardware's own prefetch stops at pages, and a first write reads);
+// kPast: the output is written past the caches.
 enum class Reach { kNear, kFar, kPast };
 template <Reach kReach>
 struct ReachOf {
@@ -268,6 +268,28 @@ ISOTILE_INLINE void with_reach(Reach reach, const T* out, const F& f) {
   if (reach == Reach::kPast && aligned_for_stream(out)) return f(ReachOf<Reach::kPast>{});
   f(ReachOf<Reach::kFar>{});
 }
+
+// The rows that are asked for while another is worked on: those some kilobytes further on, as one short row takes less
+// time than memory needs to answer.
+template <int K>
+class RowsAhead {
+ public:
+  ISOTILE_INLINE RowsAhead(const TensorView* const (&tensors)[K], int64_t begin, int64_t end)
+      : walk_(tensors, begin + rows_of(*tensors[0])), left_(end - begin - rows_of(*tensors[0])) {}
+  // Offsets of the next one; at the end `own`.
+  ISOTILE_INLINE typename RowWalker<K>::Offsets step(const typename RowWalker<K>::Offsets& own) {
+    return left_-- > 0 ? walk_.step() : own;
+  }
+
+ private:
+  static ISOTILE_INLINE int64_t rows_of(const TensorView& view) {
+    constexpr int64_t kBytes = 8192;
+    const int64_t bytes = row_length(view) * item_size(view.dtype);
+    return bytes >= kBytes ? 1 : (kBytes + bytes - 1) / bytes;
+  }
+  RowWalker<K> walk_;
+  int64_t left_;
+};
 
 template <Reach kReach, class T>
 ISOTILE_INLINE void ask_next(const T* p) {

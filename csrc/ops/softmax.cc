@@ -21,8 +21,8 @@ ISOTILE_INLINE Accumulator<T> row_maximum(const T* x, int64_t n) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// `kept` [n] holds the exponentials between the passes, and may be y; null: they are taken twice instead. next_x: the
-// next row, or this one where there is none.
+// `kept` [n] holds the exponentials between the passes, and may be y; null: they are taken twice instead. next_x: a
+// later row, or this one where there is none.
 template <Reach kReach, class T>
 ISOTILE_INLINE void softmax_row(const T* x, const T* next_x, T* y, Accumulator<T>* kept, int64_t n) {
   using A = Accumulator<T>;
@@ -57,10 +57,11 @@ void softmax_plain_rows(const TensorView& x, const TensorView& y, int64_t begin,
   const bool keep_in_place = sizeof(T) == sizeof(A) && reach != Reach::kPast;
   const Scratch<A> kept(keep && !keep_in_place ? n : 0);
   RowWalker<2> walk({&x, &y}, begin);
+  RowsAhead<1> ahead({&x}, begin, end);
   for (int64_t row = begin; row < end; ++row) {
     const auto offset = walk.step();
     const T* from = data_of<T>(x) + offset.at[0];
-    const T* next = row + 1 < end ? data_of<T>(x) + walk.offset[0] : from;
+    const T* next = data_of<T>(x) + ahead.step({{offset.at[0]}}).at[0];
     T* to = data_of<T>(y) + offset.at[1];
     with_reach(reach, to, [&](auto r) {
       if constexpr (sizeof(T) == sizeof(A)) {

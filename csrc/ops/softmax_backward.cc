@@ -5,7 +5,7 @@ namespace isotile {
 namespace ISOTILE_ISA {
 namespace {
 
-// next_*: of the next row, or this one's own where there is none.
+// next_*: of a later row, or this one's own where there is none.
 template <Reach kReach, class T>
 ISOTILE_INLINE void softmax_backward_row(const T* grad, const T* y, T* grad_x, const T* next_grad, const T* next_y,
                                          int64_t n) {
@@ -30,15 +30,16 @@ void softmax_backward_plain_rows(const TensorView& grad, const TensorView& y, co
   const int64_t n = row_length(y);
   const Reach reach = reach_of(grad_x, 3);
   RowWalker<3> walk({&grad, &y, &grad_x}, begin);
+  RowsAhead<2> ahead({&grad, &y}, begin, end);
   for (int64_t row = begin; row < end; ++row) {
     const auto offset = walk.step();
-    const int64_t* next = row + 1 < end ? walk.offset : offset.at;
+    const auto next = ahead.step({{offset.at[0], offset.at[1]}});
     const T* from_grad = data_of<T>(grad);
     const T* from_y = data_of<T>(y);
     T* to = data_of<T>(grad_x) + offset.at[2];
     with_reach(reach, to, [&](auto r) {
       softmax_backward_row<decltype(r)::value>(from_grad + offset.at[0], from_y + offset.at[1], to,
-                                               from_grad + next[0], from_y + next[1], n);
+                                               from_grad + next.at[0], from_y + next.at[1], n);
     });
   }
   if (reach == Reach::kPast) stream_fence();

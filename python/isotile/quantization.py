@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import huge_pages
 from .ops import _quantized
 from .ops._quantized import SCHEMES
 
@@ -268,6 +269,7 @@ def quantize(
         factor = (scales.to(torch.float32) * whole).unsqueeze(-1)
         codes = _e2m1_codes(torch.where(factor > 0, grouped / factor, 0.0))
         parts = {"packed": _packed(codes, k), "scales": scales.view(torch.uint8), "global_scale": whole.reshape(1)}
+    parts["packed"] = huge_pages.moved(parts["packed"])  # type: ignore[arg-type]
     return QuantizedWeight(**parts, scheme=scheme, group_size=group_size, shape=(n, k))  # type: ignore[arg-type]
 
 
