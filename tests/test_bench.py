@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("rich")
 
 import isotile
+import isotile.nn
 from isotile import dispatch, library, registry
 from isotile.backends import BACKENDS
 from isotile.backends.reference import ReferenceBackend
@@ -324,6 +325,22 @@ def test_options_of_a_case_reach_the_public_function(plant):
         found = Prepared(ours, workload, inputs).first()
     assert Judge(workload, inputs).forward(found, True, "planted").ok
     assert "window_left" in torch_expression("attention", inputs.sets[0])
+
+
+def test_constant_weights_are_packed_before_the_timing():
+    workloads = select(["linear", "matmul"], ["odd_tails"], [torch.float32], ("forward", "backward"), False)
+    layers = 0
+    for workload in workloads:
+        backward = workload.direction == "backward"
+        inputs, ours = Inputs(workload, 0, backward), Ours("cpu", constant_weights=True)
+        with ours.context(), torch.set_grad_enabled(backward):
+            prepared = Prepared(ours, workload, inputs)
+            assert backward or Judge(workload, inputs).forward(prepared.first(), True, "cpu").ok
+        layer = prepared.forwards[0].func
+        if isinstance(layer, isotile.nn.Linear):
+            layers += 1
+            assert not backward and layer._packed is not None
+    assert layers == 1 and len(workloads) == 4
 
 
 def test_copies_exceed_the_cache_only_where_a_case_does(plant):

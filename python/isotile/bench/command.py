@@ -76,6 +76,10 @@ def add_options(made: argparse.ArgumentParser) -> None:
         "--budget", type=float, metavar="SECONDS", help="for the samples of one workload, beyond the least; default: 8"
     )
     made.add_argument("--warm", action="store_true", help="do not rotate over copies larger than the cache")
+    made.add_argument(
+        "--constant-weights", action="store_true",
+        help="linear as isotile.nn.Linear(constant_weight=True), to be compared with rivals that pack weights once",
+    )  # fmt: skip
     made.add_argument("--fresh-peaks", action="store_true", help="measure the roofline again")
 
 
@@ -105,7 +109,8 @@ def _contenders(
             made.error(f"--against: no rival {name!r}; there are {', '.join(RIVALS)}")
     missing = {n: reason for n in dict.fromkeys(rivals) if (reason := RIVALS[n].missing()) is not None}
     OnnxRuntime.most_threads = max(threads)
-    found = [*map(ours, dict.fromkeys(names)), *(RIVALS[n](n) for n in dict.fromkeys(rivals) if n not in missing)]
+    backends = [ours(n, args.constant_weights) for n in dict.fromkeys(names)]
+    found = [*backends, *(RIVALS[n](n) for n in dict.fromkeys(rivals) if n not in missing)]
     return found, {} if everyone else missing
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import isotile
+import isotile.nn
 
 from .. import library
 from ..backends import BACKENDS
@@ -64,11 +65,23 @@ class Contender:
 
 
 class Ours(Contender):
-    """isotile's public function on one backend."""
+    """isotile's public function on one backend.
+
+    Attributes:
+        constant_weights: whether `linear`, where nothing needs a gradient, is a layer that keeps its weight packed, as
+            some rivals do.
+    """
 
     ours = True
 
+    def __init__(self, name: str, constant_weights: bool = False) -> None:
+        super().__init__(name)
+        self.constant_weights = constant_weights
+
     def bind(self, spec: OpSpec, values: dict[str, Any]) -> Call:
+        tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
+        if self.constant_weights and spec.name == "linear" and not any(t.requires_grad for t in tensors):
+            return _constant_linear(values)
         return _public_call(spec, values)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
@@ -84,6 +97,19 @@ def quantized_weight(values: dict[str, Any]) -> isotile.QuantizedWeight:
     scheme, group_size = values.pop("scheme", "int8"), values.pop("group_size", -1)
     shape = (parts["packed"].shape[0], values["x"].shape[-1])
     return isotile.QuantizedWeight(**parts, scheme=scheme, group_size=group_size, shape=shape)
+
+
+def _constant_linear(values: dict[str, Any]) -> Call:
+    if values["out_dtype"] is not None:
+        raise Unserved("isotile.nn.Linear has no out_dtype")
+    weight, bias = values["weight"], values["bias"]
+    layer = torch.nn.utils.skip_init(
+        isotile.nn.Linear, weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype,
+        activation=values["activation"], constant_weight=True,
+    )  # fmt: skip
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+    return functools.partial(layer, values["x"], residual=values["residual"])
 
 
 def _public_call(spec: OpSpec, values: dict[str, Any]) -> Call:

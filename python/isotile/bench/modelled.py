@@ -21,9 +21,9 @@ class Modelled(Ours):
     modelled = True
 
 
-def ours(name: str) -> Contender:
+def ours(name: str, constant_weights: bool = False) -> Contender:
     """A backend as a contender."""
-    return Modelled(name) if name == "nki" else Ours(name)
+    return Modelled(name) if name == "nki" else Ours(name, constant_weights)
 
 
 def row(contender: Contender, workload: Workload) -> dict[str, Any]:
