@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import isotile
-from isotile import library
+from isotile import huge_pages, library
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _calls import NAMES, as_tuple, calls
@@ -27,6 +28,7 @@ CALLS = 10_000
 ALLOWED = 16 * CALLS
 #: The allocators' own pools may still fill during a round or two; a leak grows in every one.
 ROUNDS = 4
+HUGE = 2 << 20
 
 
 class MallInfo(ctypes.Structure):
@@ -178,3 +180,24 @@ def test_the_measure_sees_a_score_matrix():
         >= sequence * sequence * 4
         > linear_allowance(sequence, "float32", False)
     )
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no transparent huge pages")
+def test_large_results_are_to_be_on_huge_pages(monkeypatch):
+    advised = []
+
+    class Library:
+        def madvise(self, start, size, advice):
+            advised.append((start.value, size.value, advice.value))
+
+    monkeypatch.setattr(huge_pages, "_C_LIBRARY", Library())
+    monkeypatch.setattr(library.operator("softmax"), "plans", {})
+    isotile.softmax(torch.zeros(1024, 8191))
+    assert not advised  # the C library may have that memory at hand
+    for _ in range(2):
+        y = isotile.softmax(torch.zeros(1025, 8192))
+        ((start, size, advice),) = advised
+        assert advice == mmap.MADV_HUGEPAGE and start % HUGE == size % HUGE == 0
+        assert y.data_ptr() <= start < y.data_ptr() + HUGE
+        assert y.data_ptr() + y.nbytes - HUGE < start + size <= y.data_ptr() + y.nbytes
+        advised.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import shapes
+from . import huge_pages, shapes
 from .errors import BackendError, FallbackWarning
 from .shapes import contiguous_strides
 from .spec import Lowered, OpSpec, Result, Scalar
@@ -40,9 +41,14 @@ class OutSpec:
     @functools.cached_property
     def empty(self) -> Callable[[], torch.Tensor]:
         """A function that allocates it; for plain calls only, no mode of PyTorch gets to see it."""
-        if self.device.type == "cpu" and _EMPTY_ON_CPU is not None:
-            return functools.partial(_EMPTY_ON_CPU, self.shape, self.strides, self.dtype)
-        return functools.partial(torch.empty_strided, self.shape, self.strides, dtype=self.dtype, device=self.device)
+        if self.device.type != "cpu" or _EMPTY_ON_CPU is None:
+            return functools.partial(
+                torch.empty_strided, self.shape, self.strides, dtype=self.dtype, device=self.device
+            )
+        allocate = functools.partial(_EMPTY_ON_CPU, self.shape, self.strides, self.dtype)
+        if math.prod(self.shape) * self.dtype.itemsize >= huge_pages.ALWAYS_FRESH:
+            return functools.partial(huge_pages.allocated, allocate)
+        return allocate
 
 
 class Plan:
