@@ -123,6 +123,7 @@ def test_panels_are_on_huge_pages():
     for size in (0, 1, 2 << 20, (2 << 20) + 1, (4 << 20) + 4096):
         tensor = huge_pages.empty((size,), torch.uint8)
         assert tensor.shape == (size,) and tensor.fill_(7).eq(7).all()
+        assert tensor.untyped_storage().nbytes() == size  # what torch.save writes
 
 
 def test_the_copy_is_made_once():

@@ -31,11 +31,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if size < _HUGE or _ADVICE is None:
         return torch.empty(shape, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE
     with contextlib.suppress(OSError):  # a system without them: the memory serves as it is
         memory.madvise(_ADVICE, start, size // _HUGE * _HUGE)
-    return whole[start : start + size].view(dtype).view(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
 def moved(tensor: torch.Tensor) -> torch.Tensor:
