@@ -23,8 +23,8 @@ struct Gemm {
   Matrix a;  // rows m, columns k
   const void* b = nullptr;
   int64_t b_offset = 0, b_k = 0, b_n = 0;
-  int64_t b_panel = 0;   // where b lies in panels: from one to the next; b_n is 1
-  bool b_pairs = false;  // b lies in panels of pairs, for a of bfloat16; its elements are pairs, and b_k is half of a row
+  int64_t b_panel = 0;        // where b lies in panels: from one to the next; b_n is 1
+  bool b_pairs = false;       // of pairs, for a of bfloat16: b's elements are pairs, and b_k is half of the columns
   MakeB make_b = nullptr;     // where b is not in memory
   bool made_by_rows = false;  // b's rows are made, not its columns: on matrix tiles only
   Epilogue out;

@@ -135,6 +135,12 @@ struct Epilogue {
   int64_t bias_stride = 1;
   Activation activation = Activation::kNone;
 
+  void set_bias(const TensorView& view) {
+    if (!view.present()) return;
+    bias = view.data;
+    bias_dtype = view.dtype;
+    bias_stride = view.stride[0];
+  }
   bool bare() const {
     return !preactivation.present() && !residual.present() && bias == nullptr && activation == Activation::kNone;
   }

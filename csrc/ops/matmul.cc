@@ -60,11 +60,7 @@ void matmul(const TensorView* t, const double* s) {
   g.b = b.data;
   g.b_k = b.stride[loops];
   g.b_n = b.stride[loops + 1];
-  if (bias.present()) {
-    g.out.bias = bias.data;
-    g.out.bias_dtype = bias.dtype;
-    g.out.bias_stride = bias.stride[0];
-  }
+  g.out.set_bias(bias);
   g.out.activation = static_cast<Activation>(static_cast<int>(s[0]));
   run_gemms(a.dtype, b.dtype, source);
 }

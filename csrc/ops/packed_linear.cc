@@ -22,11 +22,7 @@ void packed_linear(const TensorView* t, const double* s) {
   g.out.y = Matrix::rows_of(y);
   g.out.preactivation = Matrix::rows_of(preactivation);
   g.out.residual = Matrix::rows_of(residual);
-  if (bias.present()) {
-    g.out.bias = bias.data;
-    g.out.bias_dtype = bias.dtype;
-    g.out.bias_stride = bias.stride[0];
-  }
+  g.out.set_bias(bias);
   g.out.activation = static_cast<Activation>(static_cast<int>(s[0]));
   run_gemms(x.dtype, panels.dtype, source);
 }

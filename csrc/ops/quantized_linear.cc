@@ -592,11 +592,7 @@ void quantized_linear(const TensorView* t, const double* s) {
   p.out.y = Matrix::rows_of(y);
   p.out.preactivation = Matrix::rows_of(preactivation);
   p.out.residual = Matrix::rows_of(residual);
-  if (bias.present()) {
-    p.out.bias = bias.data;
-    p.out.bias_dtype = bias.dtype;
-    p.out.bias_stride = bias.stride[0];
-  }
+  p.out.set_bias(bias);
   p.out.activation = static_cast<Activation>(static_cast<int>(s[2]));
   const bool integers = p.w.integer() && p.w.dynamic(), wide = p.x.dtype == DType::kFloat64;
   const bool batch_invariant = s[3] != 0;

@@ -24,6 +24,7 @@ from .state import CURRENT
 
 __all__ = ["LayerNorm", "Linear", "QuantizedLinear", "RMSNorm", "Softmax"]
 
+
 class Linear(torch.nn.Linear):
     """activation(x @ weight.T + bias) + residual, see `isotile.linear`.
 
