@@ -418,6 +418,16 @@ KERNELS = [
         isa="avx2",
     ),
     Mutant(
+        "quantized_zero_by_the_first_rows_sum",
+        "csrc/ops/_quantized_few_rows.h",
+        "static_cast<uint32_t>(totals[r])",
+        "static_cast<uint32_t>(totals[0])",
+        "every row of x takes off its zero point by the sum of the first",
+        ("tests/test_quantized_linear.py::test_integer_products_have_the_references_bits[7-33-129-cpu]",),
+        ("quantized_linear",),
+        isa="avx512_bf16",
+    ),
+    Mutant(
         "quantized_sign_of_the_weight",
         "csrc/ops/_quantized_few_rows.h",
         "_mm256_sign_epi8(at, v)",

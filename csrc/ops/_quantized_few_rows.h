@@ -17,9 +17,9 @@ namespace ISOTILE_ISA {
 constexpr int64_t kPiece = kBlock4;
 
 // The weight is one stream of memory, row behind row; the hardware's own prefetch stops at each page of 4 KB.
-constexpr int64_t kAheadBytes = 4096;
+template <int64_t kBytes = 4096>
 ISOTILE_INLINE void fetch_ahead(const void* p) {
-  __builtin_prefetch(static_cast<const char*>(p) + kAheadBytes, 0, 3);
+  __builtin_prefetch(static_cast<const char*>(p) + kBytes, 0, 3);
 }
 
 // Scales and zeros of a row of the weight as float32, filled up so that every piece finds four of them.
@@ -346,40 +346,55 @@ inline void dot_pairs(const QuantizedWeight& w, const uint8_t* row, const RowFac
 #if defined(__AVX2__)
 // --- integers --------------------------------------------------------------------------------------------------------
 
-// Rows of quantised activations, and sums of some of them, by which a zero point counts.
+// Rows of quantised activations and their sums, by which a zero point counts: of whole rows, and of parts where the
+// weight has more groups than one.
 struct IntegerRows {
-  const uint8_t* q;     // [rows][pieces * 128]; signed, or q + 128 where kBiasOfInt8
-  const int32_t* sums;  // [rows][ldsums], for int4
+  const int8_t* q;  // a piece of each row [rows][128], the next pieces `ldq` behind
+  const int32_t* totals;
+  const int32_t* sums;  // likewise, sums_of(w, 128) for a piece of a row
   int64_t ldq, ldsums;
+
+  // What the zero point of a whole row takes off, modulo 2^32.
+  ISOTILE_INLINE int32_t less_zero(int r, int32_t zero) const {
+    return static_cast<int32_t>(0u - static_cast<uint32_t>(zero) * static_cast<uint32_t>(totals[r]));
+  }
 };
 #endif
 
 #if defined(__AVX512VNNI__)
-constexpr int kBiasOfInt8 = 128;  // vpdpbusd wants its first operand unsigned
-constexpr int kRowsOfIntegers = 8;  // in registers
+constexpr int kRowsOfIntegers = 4;  // twice that are faster from a cache, but slower from memory
 
-// The sums of each four q: sums [count][ldsums].
-inline int64_t sums_of_row(const QuantizedWeight& w) { return ceil_div(w.k, kPiece) * kPiece / 4; }
-inline void sum_rows(const QuantizedWeight&, const uint8_t* q, int64_t count, int64_t ldq, int32_t* sums) {
+// The sums of each four q.
+inline int64_t sums_of(const QuantizedWeight&, int64_t length) { return length / 4; }
+inline void sum_parts(const QuantizedWeight&, const int8_t* q, int64_t length, int32_t* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
-  for (int64_t l = 0; l < count * ldq; l += 64)
+  for (int64_t l = 0; l < length; l += 64)
     _mm512_storeu_si512(sums + l / 4, _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(q + l)));
 }
 
-// Four-bit: u of 0..15 times q, the zero point folded into the start: -zero * (q0 + q1 + q2 + q3) in each lane.
-// Eight-bit: w times q + 128, and 128 * (w0 + ... + w3) taken off each lane. Either way each lane is the exact sum of
-// four products, so scaling it loses nothing to cancellation.
+// Modulo 2^32.
+ISOTILE_INLINE int32_t sum_lanes(__m512i v) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  __m128i r = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  r = _mm_add_epi32(r, _mm_shuffle_epi32(r, 0b01001110));
+  return _mm_cvtsi128_si32(_mm_add_epi32(r, _mm_shuffle_epi32(r, 0b10110001)));
+}
+
+// vpdpbusd takes unsigned weights: codes of 0..15, or w + 128, whose zero point is 128. It comes off where a sum starts,
+// so that each sum that meets a scale is exact: of the whole row, or of a lane's four products.
 template <int kRows, bool kFourBits, bool kOffsets, bool kGroups>
 inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const IntegerRows& x,
                          float* sums) {
+  constexpr bool kZeros = !kOffsets;
+  const int32_t zero_of_row = !kZeros ? 0 : kFourBits ? f.zeros[0] : 128;
   __m512 acc[kRows];
-  __m512i whole[kRows], taken = _mm512_setzero_si512();
+  __m512i whole[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     acc[r] = _mm512_setzero_ps();
-    whole[r] = _mm512_setzero_si512();
+    whole[r] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(x.less_zero(r, zero_of_row)));
   }
-  const __m512i shift = _mm512_set1_epi8(static_cast<char>(128)), low = _mm512_set1_epi8(15);
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(128)), low = _mm512_set1_epi8(15);
   // Which of a piece's (up to four) groups each lane of its two halves belongs to.
   const int64_t per = kGroups ? f.per_piece : 1;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -396,11 +411,13 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
     } else {
       const int64_t left = w.k - piece * kPiece;
       const uint8_t* bytes = row + piece * kPiece;
-      fetch_ahead(bytes);
-      fetch_ahead(bytes + 64);
+      fetch_ahead<8192>(bytes);
+      fetch_ahead<8192>(bytes + 64);
       const auto mask = [](int64_t n) { return n >= 64 ? ~__mmask64{0} : n <= 0 ? 0 : (__mmask64{1} << n) - 1; };
       part[0] = left >= 64 ? _mm512_loadu_si512(bytes) : _mm512_maskz_loadu_epi8(mask(left), bytes);
       part[1] = left >= 128 ? _mm512_loadu_si512(bytes + 64) : _mm512_maskz_loadu_epi8(mask(left - 64), bytes + 64);
+      part[0] = _mm512_xor_si512(part[0], sign);
+      part[1] = _mm512_xor_si512(part[1], sign);
     }
     __m512 scale[2], offset[2];
     __m512i zero[2];
@@ -414,40 +431,26 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
       offset[0] = _mm512_permutexvar_ps(group_low, o);
       offset[1] = _mm512_permutexvar_ps(group_high, o);
     }
-    if (kFourBits && !kOffsets) {
-      if (kGroups) {
-        const __m512i z = _mm512_castsi128_si512(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(f.zeros.data() + piece * per)));
-        zero[0] = _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_permutexvar_epi32(group_low, z));
-        zero[1] = _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_permutexvar_epi32(group_high, z));
-      } else {
-        zero[0] = zero[1] = _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_set1_epi32(f.zeros[0]));
-      }
+    if (kFourBits && kZeros && kGroups) {
+      const __m512i z = _mm512_castsi128_si512(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(f.zeros.data() + piece * per)));
+      zero[0] = _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_permutexvar_epi32(group_low, z));
+      zero[1] = _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_permutexvar_epi32(group_high, z));
     }
+    if (!kFourBits) zero[0] = zero[1] = _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_set1_epi32(128));
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      if (!kFourBits) {
-        const __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), shift, part[h]);
-        taken = kGroups ? sum : _mm512_add_epi32(taken, sum);
-      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const __m512i q = _mm512_loadu_si512(x.q + r * x.ldq + piece * kPiece + 64 * h);
-        __m512i start = kGroups ? _mm512_setzero_si512() : whole[r];
-        __m512i quads = _mm512_setzero_si512();
-        if (kFourBits) quads = _mm512_loadu_si512(x.sums + r * x.ldsums + (piece * kPiece + 64 * h) / 4);
-        if (kFourBits && !kOffsets) {
-          const __m512i folded = _mm512_madd_epi16(quads, zero[h]);  // both fit in 16 bits
-          start = kGroups ? folded : _mm512_add_epi32(start, folded);
-        }
-        const __m512i sum = kFourBits ? _mm512_dpbusd_epi32(start, part[h], q) : _mm512_dpbusd_epi32(start, q, part[h]);
+        const __m512i q = _mm512_loadu_si512(x.q + piece * x.ldq + kPiece * r + 64 * h);
         if (!kGroups) {
-          whole[r] = sum;
+          whole[r] = _mm512_dpbusd_epi32(whole[r], part[h], q);
           continue;
         }
-        const __m512i exact = kFourBits ? sum : _mm512_sub_epi32(sum, taken);
-        acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale[h], acc[r]);
-        if (kFourBits && kOffsets) acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(quads), offset[h], acc[r]);
+        const __m512i quads = _mm512_loadu_si512(x.sums + piece * x.ldsums + 32 * r + 16 * h);
+        const __m512i start = kZeros ? _mm512_madd_epi16(quads, zero[h]) : _mm512_setzero_si512();  // fit in 16 bits
+        acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, part[h], q)), scale[h], acc[r]);
+        if (kOffsets) acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(quads), offset[h], acc[r]);
       }
     }
   }
@@ -456,18 +459,12 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
       sums[r] = _mm512_reduce_add_ps(acc[r]);
       continue;
     }
-    const __m512i exact = kFourBits ? whole[r] : _mm512_sub_epi32(whole[r], taken);
-    sums[r] = static_cast<float>(_mm512_reduce_add_epi32(exact)) * f.scales[0];
-    if (kOffsets) {
-      int32_t total = 0;
-      for (int64_t i = 0; i < pieces * kPiece / 4; ++i) total += x.sums[r * x.ldsums + i];
-      sums[r] += static_cast<float>(total) * f.offsets[0];
-    }
+    sums[r] = static_cast<float>(sum_lanes(whole[r])) * f.scales[0];
+    if (kOffsets) sums[r] += static_cast<float>(x.totals[r]) * f.offsets[0];
   }
 }
 #elif defined(__AVX2__)
-constexpr int kBiasOfInt8 = 0;
-constexpr int kRowsOfIntegers = 4;  // in registers
+constexpr int kRowsOfIntegers = 4;
 
 // Sixteen sums of two products, unsigned times signed; sums of pairs of 16 bits.
 ISOTILE_INLINE __m256i multiply_bytes(__m256i a, __m256i b) { return _mm256_maddubs_epi16(a, b); }
@@ -478,14 +475,12 @@ ISOTILE_INLINE float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
 
-// Lane i of vector [piece][group of the piece]: the sum of q over what dot_integers multiplies in that lane.
-inline int64_t length_of_sum(const QuantizedWeight& w) { return w.groups > 1 ? w.group : kPiece; }
-inline int64_t sums_of_row(const QuantizedWeight& w) { return ceil_div(w.k, kPiece) * (kPiece / length_of_sum(w)) * 8; }
-inline void sum_rows(const QuantizedWeight& w, const uint8_t* q, int64_t count, int64_t ldq, int32_t* sums) {
-  const int64_t length = length_of_sum(w);
-  for (int64_t l = 0; l < count * ldq; l += length, sums += 8) {
+// Lane i of a group's vector: the sum of q over what dot_integers multiplies in that lane.
+inline int64_t sums_of(const QuantizedWeight& w, int64_t length) { return length / w.group * 8; }
+inline void sum_parts(const QuantizedWeight& w, const int8_t* q, int64_t length, int32_t* sums) {
+  for (int64_t l = 0; l < length; l += w.group, sums += 8) {
     __m256i sum = _mm256_setzero_si256();
-    for (int64_t i = 0; i < length; i += 32) {
+    for (int64_t i = 0; i < w.group; i += 32) {
       const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + l + i));
       sum = _mm256_add_epi32(sum, sum_pairs(multiply_bytes(_mm256_set1_epi8(1), some)));
     }
@@ -540,8 +535,8 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
       const int64_t group = piece * kPer + g;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const uint8_t* q = x.q + r * x.ldq + piece * kPiece + 32 * kParts * g;
-        const int32_t* of_group = x.sums + r * x.ldsums + (piece * kGroups + g) * 8;
+        const int8_t* q = x.q + piece * x.ldq + kPiece * r + 32 * kParts * g;
+        const int32_t* of_group = x.sums + piece * x.ldsums + 8 * (kGroups * r + g);
         __m256i exact = _mm256_setzero_si256(), sum = exact;
 #pragma GCC unroll 4
         for (int u = 0; u < kParts; ++u) {
@@ -550,7 +545,7 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
           else exact = _mm256_add_epi32(exact, sum_pairs(multiply_bytes(_mm256_abs_epi8(v), _mm256_sign_epi8(at, v))));
         }
         if (kFourBits) exact = sum_pairs(sum);
-        if (kFourBits && !kOffsets)  // both fit in 16 bits
+        if (kFourBits && !kOffsets && kPer != 0)  // both fit in 16 bits
           exact = _mm256_sub_epi32(exact, _mm256_madd_epi16(load(of_group), _mm256_set1_epi32(f.zeros[group])));
         if (kPer == 0) {
           whole[r] = _mm256_add_epi32(whole[r], exact);
@@ -567,15 +562,13 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
       sums[r] = sum_lanes(acc[r]);
       continue;
     }
+    if (kFourBits && !kOffsets)
+      whole[r] = _mm256_add_epi32(whole[r], _mm256_zextsi128_si256(_mm_cvtsi32_si128(x.less_zero(r, f.zeros[0]))));
     int32_t lanes[8], total = 0;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), whole[r]);
     for (const int32_t lane : lanes) total += lane;
     sums[r] = static_cast<float>(total) * f.scales[0];
-    if (kOffsets) {
-      total = 0;
-      for (int64_t i = 0; i < x.ldsums; ++i) total += x.sums[r * x.ldsums + i];
-      sums[r] += static_cast<float>(total) * f.offsets[0];
-    }
+    if (kOffsets) sums[r] += static_cast<float>(x.totals[r]) * f.offsets[0];
   }
 }
 #endif

@@ -324,11 +324,6 @@ inline void integer_rows(const Problem& p, int64_t i0, int64_t count, Q* rows, i
   });
 }
 
-// q + 128, unsigned: the sign bit turned over.
-inline void add_128(int8_t* q, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(q[i] ^ -128);
-}
-
 template <int kRows, bool kFourBits, bool kOffsets>
 ISOTILE_INLINE void dot_row(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const IntegerRows& x,
                             float* sums) {
@@ -347,14 +342,18 @@ ISOTILE_INLINE void dot_row(const QuantizedWeight& w, const uint8_t* row, const 
 
 template <bool kFourBits, bool kOffsets>
 inline void few_integers(const Problem& p) {
-  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m, ldsums = sums_of_row(p.w);
-  Scratch<int8_t> rows(m * ld);
-  Scratch<int32_t> row_sums(kFourBits ? m * ldsums : 0);
+  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m;
+  Scratch<int8_t> row(ld), q(m * ld);
+  Scratch<int32_t> totals(m), part_sums(sums_of(p.w, m * ld));
   Scratch<float> scales(m);
-  integer_rows(p, 0, m, rows.data(), ld, scales.data());
-  const auto* q = reinterpret_cast<const uint8_t*>(rows.data());
-  if (kFourBits) sum_rows(p.w, q, m, ld, row_sums.data());
-  else if (kBiasOfInt8 != 0) add_128(rows.data(), m * ld);
+  for (int64_t i = 0; i < m; ++i) {
+    integer_rows(p, i, 1, row.data(), ld, scales.data() + i);
+    int32_t total = 0;
+    for (int64_t l = 0; l < ld; ++l) total += row[l];
+    totals[i] = total;
+    for (int64_t l = 0; l < ld; l += kPiece) __builtin_memcpy(q.data() + l * m + i * kPiece, row.data() + l, kPiece);
+  }
+  if (p.w.groups > 1) sum_parts(p.w, q.data(), m * ld, part_sums.data());
   parallel_for(0, ceil_div(p.w.n, kColumns), most(1, 131072 / (kColumns * ld)), [&](int64_t begin, int64_t end) {
     Scratch<float> c(m * kColumns);
     RowFactors f(p.w);
@@ -365,7 +364,8 @@ inline void few_integers(const Problem& p) {
         by_rows<kRowsOfIntegers>(m, [&](auto count, int64_t r) {
           constexpr int kRows = decltype(count)::value;
           float sums[kRows];
-          const IntegerRows x{q + r * ld, row_sums.data() + r * ldsums, ld, ldsums};
+          const IntegerRows x{q.data() + r * kPiece, totals.data() + r, part_sums.data() + r * sums_of(p.w, kPiece),
+                              m * kPiece, sums_of(p.w, m * kPiece)};
           dot_row<kRows, kFourBits, kOffsets>(p.w, p.w.row(j0 + j), f, x, sums);
           for (int i = 0; i < kRows; ++i) c[(r + i) * kColumns + j] = sums[i] * scales[r + i];
         });
