@@ -16,6 +16,14 @@ constexpr int kDecodeSums = 16;  // accumulators
 constexpr int kDecodeSums = 8;
 #endif
 
+// Rows of so many elements are asked for this much ahead of their use, in rows: the hardware's own prefetch stops at
+// each page.
+template <class T>
+ISOTILE_INLINE int64_t rows_ahead(int64_t elements) {
+  constexpr int64_t kBytes = 4096;
+  return max64(1, kBytes / (elements * static_cast<int64_t>(sizeof(T)) + 1));
+}
+
 // out[i] = sum of v[i], i < kDecodeSums.
 template <class A>
 ISOTILE_INLINE void reduce_each(const Vec<A>* v, A* out) {
@@ -56,7 +64,7 @@ void key_products(const T* k, int64_t k_row, int64_t d, const typename Packed<T>
   using V = Vec<A>;
   using K = KeyVectors<T>;
   constexpr int kKeys = kDecodeSums / kRows, kTogether = kRows == 1 ? 1 : 2;  // one row: in the order of memory
-  const int64_t full = d / K::kStep, rest = d % K::kStep;
+  const int64_t full = d / K::kStep, rest = d % K::kStep, ahead = rows_ahead<T>(d) * k_row;
   for (int64_t j = 0; j < n; j += kKeys) {
     V sums[kDecodeSums];  // [kRows][kKeys]
 #pragma GCC unroll 16
@@ -72,7 +80,10 @@ void key_products(const T* k, int64_t k_row, int64_t d, const typename Packed<T>
       for (int64_t c = 0; c < full; ++c) {
         typename Packed<T>::BVec x[kTogether];
 #pragma GCC unroll 16
-        for (int i = 0; i < kTogether; ++i) x[i] = K::load(keys[i] + c * K::kStep);
+        for (int i = 0; i < kTogether; ++i) {
+          x[i] = K::load(keys[i] + c * K::kStep);
+          __builtin_prefetch(keys[i] + c * K::kStep + ahead, 0, 3);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           const typename Packed<T>::BVec y = Packed<T>::load(q + r * q_row + c * V::kLanes);
@@ -105,11 +116,16 @@ void key_products(const T* k, int64_t k_row, int64_t d, const typename Packed<T>
   }
 }
 
+// Of the values that come `elements` after those at hand: every stride-th line is asked for, from `first` on.
+struct Ahead {
+  int64_t elements, first, stride;
+};
+
 // o[row, column] += sum over n keys of weight[row, key] v[key, column], for kRows rows and kVecs vectors of columns:
 // whole ones, or a single one of the first `columns`.
 template <class T, int kRows, int kVecs, bool kPartial>
 ISOTILE_INLINE void add_values(const T* v, int64_t v_row, int64_t columns, const Accumulator<T>* weight,
-                               int64_t weight_row, int64_t n, Accumulator<T>* o, int64_t o_row) {
+                               int64_t weight_row, int64_t n, Accumulator<T>* o, int64_t o_row, const Ahead& ahead) {
   using V = Vec<Accumulator<T>>;
   V acc[kRows][kVecs];
 #pragma GCC unroll 8
@@ -117,8 +133,11 @@ ISOTILE_INLINE void add_values(const T* v, int64_t v_row, int64_t columns, const
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) acc[r][i] = V::load(o + r * o_row + i * V::kLanes);
   }
+  constexpr int64_t kBytes = kVecs * V::kLanes * static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < n; ++j) {
     V x[kVecs];
+    for (int64_t at = 64 * ahead.first; at < kBytes; at += 64 * ahead.stride)
+      __builtin_prefetch(reinterpret_cast<const char*>(v + j * v_row + ahead.elements) + at, 0, 3);
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) {
       if constexpr (kPartial) {
@@ -144,17 +163,18 @@ ISOTILE_INLINE void add_values(const T* v, int64_t v_row, int64_t columns, const
 // What fits the registers with kRows rows, then halves of it down to one vector, then what is left.
 template <class T, int kRows, int kVecs>
 ISOTILE_INLINE void value_products(const T* v, int64_t v_row, int64_t dv, const Accumulator<T>* weight,
-                                   int64_t weight_row, int64_t n, Accumulator<T>* o, int64_t o_row) {
+                                   int64_t weight_row, int64_t n, Accumulator<T>* o, int64_t o_row,
+                                   const Ahead& ahead) {
   constexpr int64_t kColumns = kVecs * Vec<Accumulator<T>>::kLanes;
   int64_t c = 0;
   for (; c + kColumns <= dv; c += kColumns) {
-    add_values<T, kRows, kVecs, false>(v + c, v_row, kColumns, weight, weight_row, n, o + c, o_row);
+    add_values<T, kRows, kVecs, false>(v + c, v_row, kColumns, weight, weight_row, n, o + c, o_row, ahead);
   }
   if (c == dv) return;
   if constexpr (kVecs > 1) {
-    value_products<T, kRows, kVecs / 2>(v + c, v_row, dv - c, weight, weight_row, n, o + c, o_row);
+    value_products<T, kRows, kVecs / 2>(v + c, v_row, dv - c, weight, weight_row, n, o + c, o_row, ahead);
   } else {
-    add_values<T, kRows, 1, true>(v + c, v_row, dv - c, weight, weight_row, n, o + c, o_row);
+    add_values<T, kRows, 1, true>(v + c, v_row, dv - c, weight, weight_row, n, o + c, o_row, ahead);
   }
 }
 
@@ -242,12 +262,16 @@ struct DecodeTask {
       const bool narrow = p.dv <= kVecs / 2 * V::kLanes;
       const int64_t step =
           rows > 2 || p.dv > 128 ? 32 : kDecodeBlock;  // keys whose values stay in L1 for all rows and columns
+      const int64_t together = narrow ? 4 : 2, turns = rows > together ? 2 : 1;  // the first two share the asking
+      const int64_t keys_ahead = step == kDecodeBlock ? rows_ahead<T>(p.dv) : step;
       for (int64_t j = max64(c0, lo - k0); j < n; j += step) {  // before lo no row sees anything: 0 * NaN
         const auto multiply = [&](auto size, int64_t r) {
           constexpr int kRows = decltype(size)::value;
+          const int64_t turn = r / together;
+          const Ahead ahead{keys_ahead * values.stride_seq, turn < turns ? turn : INT64_MAX / 64, turns};
           value_products<T, kRows, kRows == 4 ? kVecs / 2 : kVecs>(
               v + j * values.stride_seq, values.stride_seq, p.dv, scores + r * kDecodeBlock + j, kDecodeBlock,
-              min64(step, n - j), o + r * o_row, o_row);
+              min64(step, n - j), o + r * o_row, o_row, ahead);
         };
         if (narrow) {
           each_row_group<4>(rows, multiply);
