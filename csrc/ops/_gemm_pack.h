@@ -158,7 +158,8 @@ struct RowsOfA {
     return rows * (k0 / Kind::kChunk * row_stride(Kind::kChunk) + (last == 0 ? 0 : row_stride(last)));
   }
   const Packed* at(int64_t row, int64_t k0, int64_t kc) const {
-    return in_place != nullptr ? data + in_place->at(row) + k0 : data + chunk_start(rows, k0) + row * row_stride(kc);
+    return in_place != nullptr ? data + (in_place->at(row) + k0) / Kind::kPerStep
+                               : data + chunk_start(rows, k0) + row * row_stride(kc);
   }
 };
 

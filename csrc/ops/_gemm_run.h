@@ -31,6 +31,19 @@ struct Blocking {
   int64_t panels;   // row panels of a task, at most
 };
 
+// How many blocks to cut `units` of work into, `fewest` at least, so that `threads` are done soonest with `times` that
+// many tasks. Each task costs a quarter of a unit besides.
+inline int64_t even_blocks(int64_t fewest, int64_t units, int64_t times, int64_t threads) {
+  int64_t best = fewest, soonest = 0;
+  for (int64_t blocks = fewest; threads > 1 && blocks <= least(units, fewest + 2 * threads); ++blocks) {
+    const int64_t time = ceil_div(times * blocks, threads) * (4 * ceil_div(units, blocks) + 1);
+    if (blocks > fewest && time >= soonest) continue;
+    best = blocks;
+    soonest = time;
+  }
+  return best;
+}
+
 // What depends on the operands' dtypes besides the kind of arithmetic.
 template <class Kind>
 struct Packers {
@@ -136,12 +149,14 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   constexpr int64_t kSerialPacking = 1 << 16;  // packed steps of a; likewise
   const int64_t count = source.count(), n = source.first.n;
   int64_t work = 0, panels = 0, most_panels = 0, most_k = 0;
+  bool whole_steps = packers.a_as_it_is;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t m = source.m(i), k = source.k(i);
     work += m * n * most(k, 1);
     panels += panel_count(m);
     most_panels = most(most_panels, panel_count(m));
     most_k = most(most_k, k);
+    whole_steps = whole_steps && k % Kind::kPerStep == 0;
   }
   if (n == 0 || panels == 0) return;
   const int64_t threads = work <= kSerialWork ? 1 : num_threads();
@@ -150,28 +165,41 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
   // A task's rows of one chunk stay in L2 while all its columns pass; each block of rows packs b again, which costs too
   // much where b is made first. Where sums are kept from chunk to chunk, they limit the columns.
   const int64_t near = l2_cache_bytes() / 4 * 3;
-  const int64_t chunk_bytes = most(1, least(most_k, Kind::kChunk)) * static_cast<int64_t>(sizeof(Packed));
+  constexpr int64_t kItem = sizeof(Packed);
+  const int64_t chunk_bytes = most(1, Kind::steps(least(most_k, Kind::kChunk))) * kItem;
   const int64_t most_columns = (source.first.out.plain(Kind::kAccType) ? 64 : 16) * kWidth;
   const int64_t near_panels = source.first.make_b != nullptr ? 340 : near / chunk_bytes / kTileRows;
   Blocking block{most_columns, least(most_panels, most(20, least(340, near_panels)))};
   const auto tasks = [&] { return ceil_div(n, block.columns) * ceil_div(panels, block.panels); };
+  const int64_t unit = few && source.first.b_panel != 0 ? kPanelColumns : kWidth;  // of columns
   if (few) {
-    const int64_t whole = source.first.b_panel != 0 ? kPanelColumns : kWidth;
-    block.columns = most(whole, least(2048, ceil_div(ceil_div(n, 2 * threads), whole) * whole));
+    block.columns = most(unit, least(2048, ceil_div(ceil_div(n, 2 * threads), unit) * unit));
   } else if (threads > 1) {
     while (block.columns > 2 * kWidth && tasks() < 4 * threads) block.columns /= 2;
     while (block.panels > 4 && tasks() < 2 * threads) block.panels = ceil_div(block.panels, 2);
     if (tasks() < 2 * threads) block.columns = kWidth;
   }
-  const int64_t column_blocks = ceil_div(n, block.columns);
   const auto row_blocks = [&](int64_t i) { return ceil_div(panel_count(source.m(i)), block.panels); };
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += row_blocks(i) * column_blocks;
+  int64_t all_row_blocks = 0;
+  for (int64_t i = 0; i < count; ++i) all_row_blocks += row_blocks(i);
+  const int64_t units = ceil_div(n, unit);
+  const int64_t column_blocks = even_blocks(ceil_div(n, block.columns), units, all_row_blocks, threads);
+  const int64_t total = all_row_blocks * column_blocks;
 
   const Matrix& a = source.first.a;
+  const auto rows_of_steps = [&] {  // rather than of halves of them
+    if (Kind::kPerStep == 1) return true;
+    bool all = a.rows.step() % Kind::kPerStep == 0 && reinterpret_cast<uintptr_t>(a.data) % kItem == 0;
+    Gemm g = source.first;
+    for (int64_t i = 0; i < count && all; ++i) {
+      source.place(i, &g);
+      all = g.a.offset % Kind::kPerStep == 0;
+    }
+    return all;
+  };
   const bool in_place =
-      packers.a_as_it_is && a.col == 1 && a.rows.even() &&
-      (few || fits(block.panels * kTileRows, chunk_bytes, a.rows.step() * static_cast<int64_t>(sizeof(Packed)), near));
+      whole_steps && a.col == 1 && a.rows.even() && rows_of_steps() &&
+      (few || fits(block.panels * kTileRows, chunk_bytes, a.rows.step() / Kind::kPerStep * kItem, near));
   const auto packed_of = [&](int64_t i) {
     return in_place ? 0 : RowsOfA<Kind>::chunk_start(source.m(i), source.k(i));
   };
@@ -214,9 +242,10 @@ inline void run_list(const GemmList& source, const Packers<Kind>& packers) {
       if (cursor.problem != current) source.place(current = cursor.problem, &g);
       const int64_t local = part - cursor.first, rows = row_blocks(cursor.problem);
       const int64_t p = panel_count(g.m), block_row = local % rows, column = local / rows;
-      const int64_t n0 = column * block.columns, n1 = least(n, n0 + block.columns);
+      const int64_t n0 = column * units / column_blocks * unit;
+      const int64_t n1 = least(n, (column + 1) * units / column_blocks * unit);
       RowsOfA<Kind> rows_of_a{shared.data() + cursor.packed, nullptr, g.m};
-      if (in_place) rows_of_a = {static_cast<const Packed*>(g.a.data) + g.a.offset, &g.a.rows, 0};
+      if (in_place) rows_of_a = {static_cast<const Packed*>(g.a.data) + g.a.offset / Kind::kPerStep, &g.a.rows, 0};
       if ((share || in_place) && packers.few_rows(g, n0, n1, rows_of_a)) continue;
       run_task(packers, g, block_row * p / rows, (block_row + 1) * p / rows, n0, n1,
                share || in_place ? &rows_of_a : nullptr);
@@ -239,7 +268,7 @@ inline void run_kind(const GemmList& list) {
       },
       few_rows<Kind, SrcB>,
       static_cast<int64_t>(sizeof(SrcB)),
-      std::is_same_v<SrcA, Packed>,
+      std::is_same_v<SrcA, Packed> || Kind::kPerStep == 2,  // pairs of bfloat16
       std::is_same_v<SrcB, Packed>,
   };
   run_list<Kind>(list, packers);

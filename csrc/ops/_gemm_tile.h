@@ -30,13 +30,16 @@ struct Prefetch {
 
   template <int kCache = 2>
   ISOTILE_INLINE void next() {
-    for (int64_t i = 0; i < per_call && rows_left > 0; ++i) {
-      __builtin_prefetch(row + 64 * line, 0, kCache);
-      if (++line == row_lines) {
-        line = 0;
-        row += row_stride;
-        --rows_left;
-      }
+    for (int64_t left = per_call; left > 0 && rows_left > 0;) {
+      const int64_t count = left < row_lines - line ? left : row_lines - line;
+      const char* at = row + 64 * line;
+      for (const char* const end = at + 64 * count; at != end; at += 64) __builtin_prefetch(at, 0, kCache);
+      left -= count;
+      line += count;
+      if (__builtin_expect(line < row_lines, 1)) return;
+      line = 0;
+      row += row_stride;
+      --rows_left;
     }
   }
 };

@@ -128,6 +128,27 @@ def test_layouts(isa, dtype):
             check_matmul(isa, draw((m, k), dtype, la, g), draw((k, n), dtype, lb, g), layout=out)
 
 
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_of_halves_of_pairs(isa, m):
+    """bfloat16 goes two elements at a time, from rows as they lie where each begins with a whole pair."""
+    g = torch.Generator().manual_seed(12)
+    n = 70
+    for k, row, batch, offset in [
+        (64, 64, m * 64, 0),
+        (63, 64, m * 64, 0),
+        (64, 65, m * 65, 0),
+        (64, 64, m * 64 + 1, 0),
+        (64, 64, m * 64, 1),
+        (1026, 1028, m * 1028, 2),
+    ]:
+        base = torch.full((3 * batch + offset,), float("nan")).bfloat16()
+        a = base.as_strided((3, m, k), (batch, row, 1), offset).copy_(torch.randn((3, m, k), generator=g))
+        check_matmul(isa, a, torch.randn((k, n), generator=g).bfloat16(), torch.float32)
+        check_matmul(isa, a, torch.randn((3, k, n), generator=g).bfloat16(), torch.float32)
+        check_matmul(isa, a[2], torch.randn((k, n), generator=g).bfloat16(), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_epilogue(isa, dtype):
@@ -233,7 +254,7 @@ IN_PLACE = [  # m, k, n: at what size b is no longer read in place, and every wi
     *((m, 512, n) for m in (1, 16, 17) for n in (511, 512, 513)),
     *((m, 5, n) for m in (1, 2, 3, 5, 6, 7, 13) for n in range(1, 70)),
     *((m, k, n) for m in (100, 250) for k, n in ((768, 64), (769, 130), (1540, 200))),  # b in place, or on its way
-    (2100, 776, 64),  # more than one block of rows
+    *((2100, k, 64) for k in (600, 776)),  # more than one block of rows, whatever the cache
 ]
 
 
