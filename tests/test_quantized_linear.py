@@ -52,7 +52,10 @@ def weight(n, k, scheme, group_size=None, symmetric=None, offsets=False):
 
 
 @pytest.mark.parametrize("backend", CPUS)
-@pytest.mark.parametrize("m, n, k", ((1, 70, 300), (7, 33, 129), (45, 130, 512), (20, 300, 96), (10, 35, 8300)))
+@pytest.mark.parametrize(
+    "m, n, k",
+    ((1, 70, 300), (7, 33, 129), (45, 130, 512), (20, 300, 96), (10, 35, 8300), (5, 40, 2100), (3, 17, 12000)),
+)
 def test_integer_products_have_the_references_bits(backend, m, n, k):
     """With one group a row, whatever the instruction set and the path."""
     x = randn(m, k, seed=m)
@@ -173,7 +176,7 @@ def test_offsets_and_every_variant_agree_within_the_bound(backend):
     from isotile.testing import bounds, compare
 
     for scheme, group_size, symmetric in variants():
-        for m, k in ((1, 200), (2, 200), (4, 200), (7, 200), (18, 200), (13, 1100), (530, 1700)):
+        for m, k in ((1, 200), (2, 200), (4, 200), (7, 200), (18, 200), (13, 1100), (3, 5700), (8, 3000), (530, 1700)):
             for offsets in (False, True) if scheme in INTEGERS and symmetric else (False,):
                 q = weight(37, k, scheme, group_size, symmetric, offsets)
                 x = randn(m, k).bfloat16()

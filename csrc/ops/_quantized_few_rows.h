@@ -16,6 +16,12 @@ namespace ISOTILE_ISA {
 
 constexpr int64_t kPiece = kBlock4;
 
+// The length of chunks of k, whole pieces and at most so many elements, that differ as little as they can.
+inline int64_t even_chunk(int64_t padded, int64_t most_elements) {
+  const int64_t pieces = padded / kPiece, chunks = ceil_div(padded, most_elements);
+  return ceil_div(pieces, chunks) * kPiece;
+}
+
 // The weight is one stream of memory, row behind row; the hardware's own prefetch stops at each page of 4 KB.
 template <int64_t kBytes = 4096>
 ISOTILE_INLINE void fetch_ahead(const void* p) {
@@ -265,7 +271,7 @@ inline void dot_floats(const QuantizedWeight& w, const uint8_t* row, const RowFa
 }
 
 #if ISOTILE_HAS_BF16_DOT
-// --- four-bit weights as bfloat16 pairs ------------------------------------------------------------------------------
+// --- weights as bfloat16 pairs ---------------------------------------------------------------------------------------
 
 // The sixteen numbers of a code, twice (a word's low five bits choose): less each zero point, and e2m1's. All are exact.
 struct PairTables {
@@ -285,12 +291,23 @@ static constexpr PairTables kPairTables = make_pair_tables();
 
 // Zero points beyond 15 have no table.
 inline bool serves_pairs(const QuantizedWeight& w) {
-  return w.four_bits() && !w.has_offsets() && !w.dynamic() && (w.groups == 1 || w.group >= 32) && w.largest_zero() < 16;
+  if (w.dynamic() || (w.groups > 1 && w.group < 32)) return false;
+  return w.four_bits() ? !w.has_offsets() && w.largest_zero() < 16 : true;
+}
+
+// Elements 32 v ... of a piece of whole numbers, of which `left` elements exist. All are exact.
+ISOTILE_INLINE __m512i pairs_of_bytes(const uint8_t* bytes, int v, int64_t left) {
+  const auto* at = reinterpret_cast<const __m256i*>(bytes + 32 * v);
+  const auto some = static_cast<__mmask32>(left <= 32 * v ? 0 : (uint32_t{1} << (left - 32 * v)) - 1);
+  const __m256i b = left >= 32 * (v + 1) ? _mm256_loadu_si256(at) : _mm256_maskz_loadu_epi8(some, at);
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(b)));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(b, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
 // sums[r] = weight's row . x's row r, for kRows bfloat16 rows of x [rows][pieces * 128]. kPer: groups of a piece, 0: one
 // for the whole row. A group's products are summed before its scale.
-template <int kRows, int kPer>
+template <int kRows, int kPer, bool kFourBits>
 inline void dot_pairs(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const uint16_t* x, int64_t ldx,
                       float* sums) {
   constexpr int kPerGroup = kPer == 0 ? 4 : 4 / kPer;  // vectors of a piece in one group
@@ -307,17 +324,26 @@ inline void dot_pairs(const QuantizedWeight& w, const uint8_t* row, const RowFac
   __m512i table = table_of(0);
   const int64_t pieces = ceil_div(w.k, kPiece);
   for (int64_t piece = 0; piece < pieces; ++piece) {
-    const uint8_t* bytes = row + piece * (kPiece / 2);
+    const uint8_t* bytes = row + piece * (kFourBits ? kPiece / 2 : kPiece);
+    const int64_t left = w.k - piece * kPiece;
     fetch_ahead(bytes);
-    const __m512i low = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    const __m512i high = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32)));
-    const __m512i codes[4] = {low, high, _mm512_srli_epi16(low, 4), _mm512_srli_epi16(high, 4)};
+    __m512i codes[4];
+    if (kFourBits) {
+      const __m512i low = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+      const __m512i high = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32)));
+      codes[0] = low;
+      codes[1] = high;
+      codes[2] = _mm512_srli_epi16(low, 4);
+      codes[3] = _mm512_srli_epi16(high, 4);
+    } else {
+      fetch_ahead(bytes + 64);
+    }
     __m512 sum[kRows];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       const int64_t g = piece * kPer + v / kPerGroup;
-      if (v % kPerGroup == 0 && own_tables) table = table_of(g);
-      const __m512i weights = _mm512_permutexvar_epi16(codes[v], table);
+      if (kFourBits && v % kPerGroup == 0 && own_tables) table = table_of(g);
+      const __m512i weights = kFourBits ? _mm512_permutexvar_epi16(codes[v], table) : pairs_of_bytes(bytes, v, left);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const __m512i at = _mm512_loadu_si512(x + r * ldx + piece * kPiece + 32 * v);
@@ -353,6 +379,7 @@ struct IntegerRows {
   const int32_t* totals;
   const int32_t* sums;  // likewise, sums_of(w, 128) for a piece of a row
   int64_t ldq, ldsums;
+  bool fetches[2];  // the halves of a piece of the weight that are asked for ahead, meanwhile
 
   // What the zero point of a whole row takes off, modulo 2^32.
   ISOTILE_INLINE int32_t less_zero(int r, int32_t zero) const {
@@ -411,8 +438,8 @@ inline void dot_integers(const QuantizedWeight& w, const uint8_t* row, const Row
     } else {
       const int64_t left = w.k - piece * kPiece;
       const uint8_t* bytes = row + piece * kPiece;
-      fetch_ahead<8192>(bytes);
-      fetch_ahead<8192>(bytes + 64);
+      if (x.fetches[0]) fetch_ahead<8192>(bytes);
+      if (x.fetches[1]) fetch_ahead<8192>(bytes + 64);
       const auto mask = [](int64_t n) { return n >= 64 ? ~__mmask64{0} : n <= 0 ? 0 : (__mmask64{1} << n) - 1; };
       part[0] = left >= 64 ? _mm512_loadu_si512(bytes) : _mm512_maskz_loadu_epi8(mask(left), bytes);
       part[1] = left >= 128 ? _mm512_loadu_si512(bytes + 64) : _mm512_maskz_loadu_epi8(mask(left - 64), bytes + 64);

@@ -17,7 +17,7 @@ namespace ISOTILE_ISA {
 
 constexpr int64_t kPanel = 32;
 constexpr int64_t kStepBytes = 4 * kPanel;  // of an unpacked panel, for four elements of k
-constexpr int64_t kChunkOfPanel = 4096;     // of k: 128 KB unpacked
+constexpr int64_t kChunkOfPanel = 4096;     // of k, at most: 128 KB unpacked
 
 // The zero point that all weights share, or 1: the sums of q are kept that many times larger.
 inline int32_t shared_zero(const QuantizedWeight& w) { return !w.four_bits() ? 128 : w.zeros == nullptr ? 8 : 1; }
@@ -214,27 +214,28 @@ inline SumPanel sum_panel_of(const QuantizedWeight& w, int64_t rows) {
 // Panels [begin, end) of the weight, against all m rows of x.
 inline void integer_panels(const QuantizedWeight& w, const Epilogue& out, const QuantizedRows& x, int64_t begin,
                            int64_t end) {
-  constexpr int64_t kRows = 8;
+  constexpr int64_t kRows = 8, kSpread = 8;  // blocks of rows in which all of that comes
   const int64_t m = x.m, padded = ceil_div(w.k, kPiece) * kPiece, blocks = ceil_div(m, kRows);
-  const int64_t bytes_of_piece = w.four_bits() ? kPiece / 2 : kPiece;
-  Scratch<uint8_t> panel(least(padded, kChunkOfPanel) / 4 * kStepBytes);
+  const int64_t bytes_of_piece = w.four_bits() ? kPiece / 2 : kPiece, chunk = even_chunk(padded, kChunkOfPanel);
+  Scratch<uint8_t> panel(chunk / 4 * kStepBytes);
   Scratch<float> sums(m * kPanel);
   PanelFactors f(w);
   for (int64_t j0 = begin * kPanel; j0 < least(end * kPanel, w.n); j0 += kPanel) {
     const int64_t columns = least(kPanel, w.n - j0);
     f.load(w, j0, columns);
-    for (int64_t k0 = 0; k0 < padded; k0 += kChunkOfPanel) {
-      const int64_t k1 = least(padded, k0 + kChunkOfPanel);
+    for (int64_t k0 = 0; k0 < padded; k0 += chunk) {
+      const int64_t k1 = least(padded, k0 + chunk);
       // What is unpacked next is fetched while this is, and while the first rows pass over it.
       const bool more = k1 < padded;
       const int64_t next_j = more ? j0 : j0 + kPanel, next_k = more ? k1 : 0;
       Prefetch prefetch;
       if (next_j < least(end * kPanel, w.n)) {
         prefetch.row = reinterpret_cast<const char*>(w.row(next_j)) + next_k / kPiece * bytes_of_piece;
-        prefetch.row_lines = ceil_div(least(padded - next_k, kChunkOfPanel) / kPiece * bytes_of_piece, 64);
+        prefetch.row_lines = ceil_div(least(padded - next_k, chunk) / kPiece * bytes_of_piece, 64);
         prefetch.row_stride = w.row_bytes;
         prefetch.rows_left = least(kPanel, w.n - next_j);
-        prefetch.per_call = ceil_div(kPanel * prefetch.row_lines, (k1 - k0) / 32 + (k1 - k0) / kPiece * 2);
+        const int64_t calls = least(blocks, kSpread) * (k1 - k0) / 32 + (k1 - k0) / kPiece * bytes_of_piece / 32;
+        prefetch.per_call = ceil_div(kPanel * prefetch.row_lines, calls);
       }
       unpack_panel(w, j0, columns, k0, k1, panel.data(), &prefetch);
       for (int64_t b = 0; b < blocks; ++b) {

@@ -26,8 +26,12 @@ inline RowScale row_scale(const T* x, int64_t stride, int64_t k, float top) {
   V most = V::zero();
   int64_t i = 0;
   if (stride == 1) {
-    for (; i + V::kLanes <= k; i += V::kLanes) most = max_nan(most, abs(V::load(x + i)));
-    if (i < k) most = max_nan(most, abs(V::load(x + i, k - i)));
+    V some[4] = {most, most, most, most};  // one alone would wait for itself
+    for (; i + 4 * V::kLanes <= k; i += 4 * V::kLanes)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) some[u] = max_nan(some[u], abs(V::load(x + i + u * V::kLanes)));
+    most = max_nan(max_nan(some[0], some[1]), max_nan(some[2], some[3]));
+    for (; i < k; i += V::kLanes) most = max_nan(most, abs(V::load(x + i, k - i)));
   } else {
     for (; i < k; i += V::kLanes) most = max_nan(most, abs(V::load_strided(x + i * stride, stride, k - i)));
   }

@@ -11,6 +11,7 @@
 #include "ops/_gemm_pack.h"
 #include "ops/_quantized_bfloat16.h"
 #include "ops/_quantized_blocks.h"
+#include "ops/_quantized_byte_blocks.h"
 #include "ops/_quantized_few_rows.h"
 #include "ops/_quantized_format.h"
 #include "ops/_quantized_panels.h"
@@ -166,7 +167,7 @@ inline int64_t few_floats_at_most(const Problem& p) {
 #if ISOTILE_HAS_TILES
   if (bfloat16) return 2;
 #elif ISOTILE_HAS_BF16_DOT
-  if (bfloat16 && serves_pairs(p.w)) return 8;
+  if (bfloat16 && serves_pairs(p.w)) return p.w.four_bits() ? 8 : 16;
   if (bfloat16 || p.w.scheme == Scheme::kFp8) return 4;
 #endif
   return most_few(p);
@@ -175,7 +176,7 @@ inline int64_t few_integers_at_most(const Problem& p) {
   const bool small_groups = p.w.groups > 1 && p.w.group < 64;
   if (ISOTILE_HAS_TILES) return small_groups ? 6 : 4;
 #if defined(__AVX512VNNI__)
-  return p.w.four_bits() ? (small_groups ? 5 : 4) : 8;
+  return p.w.four_bits() ? (small_groups ? 5 : 4) : p.w.groups == 1 ? 10 : 8;
 #else
   if (Vec<float>::kLanes < 16) return 8;
   return p.w.four_bits() && !small_groups ? least(12, most_few(p)) : most_few(p);
@@ -197,6 +198,54 @@ ISOTILE_INLINE void by_rows(int64_t m, const F& f) {
   if (m - r >= 2) f(Count<2>{}, r), r += 2;
   if (m - r >= 1) f(Count<1>{}, r);
 }
+
+// The same for up to 8 at a time, as few times as that takes: where each time costs more than a row.
+template <class F>
+ISOTILE_INLINE void by_most_rows(int64_t m, const F& f) {
+  for (int64_t turns = ceil_div(m, 8), turn = 0; turn < turns; ++turn) {
+    const int64_t r = turn * m / turns;
+    switch ((turn + 1) * m / turns - r) {
+      case 1: f(Count<1>{}, r); break;
+      case 2: f(Count<2>{}, r); break;
+      case 3: f(Count<3>{}, r); break;
+      case 4: f(Count<4>{}, r); break;
+      case 5: f(Count<5>{}, r); break;
+      case 6: f(Count<6>{}, r); break;
+      case 7: f(Count<7>{}, r); break;
+      default: f(Count<8>{}, r);
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// x: a piece of each row [k / 128][m][128]; totals and scales of its rows may be null.
+template <class Products>
+inline void few_bytes(const Problem& p, const typename Products::X* x, const int32_t* totals, const float* scales) {
+  const int64_t n = p.w.n, m = p.m;
+  parallel_for(0, ceil_div(n, kSideOfBytes), most(1, 131072 / (kSideOfBytes * p.w.k)), [&](int64_t begin, int64_t end) {
+    Scratch<float> sums(m * kSideOfBytes * 16), c(m * kSideOfBytes), w_scales(kSideOfBytes);
+    for (int64_t j = 0; j < kSideOfBytes; ++j) w_scales[j] = 0.0f;
+    for (int64_t j0 = begin * kSideOfBytes; j0 < least(n, end * kSideOfBytes); j0 += kSideOfBytes) {
+      const int64_t rows = least(kSideOfBytes, n - j0);
+      for (int64_t i = 0; i < m * kSideOfBytes; ++i)
+        Products::start(totals != nullptr ? totals[i / kSideOfBytes] : 0).store(sums.data() + i * 16);
+      add_block<Products>(p.w, j0, rows, x, m, sums.data(), [](int64_t count, const auto& f) {
+        Products::kMostRows ? by_most_rows(count, f) : by_rows(count, f);
+      });
+      RowFactors::load_row(p.w.scales, p.w.scales_dtype, j0, rows, w_scales.data());
+      for (int64_t r = 0; r < m; ++r) {
+        Vec<float> places[kSideOfBytes];
+        for (int64_t j = 0; j < kSideOfBytes; ++j)
+          places[j] = Vec<float>::load(sums.data() + (r * kSideOfBytes + j) * 16);
+        Vec<float> z = Products::whole(places) * Vec<float>::load(w_scales.data());
+        if (scales != nullptr) z = z * Vec<float>::set1(scales[r]);
+        z.store(c.data() + r * kSideOfBytes);
+      }
+      finish(p.out, c.data(), kSideOfBytes, 0, m, j0, rows);
+    }
+  });
+}
+#endif
 
 // Rows of x [m][ld] as float32, or quantised to e4m3; zeros up to ld.
 inline void float_rows(const Problem& p, float* rows, int64_t ld, float* scales) {
@@ -245,7 +294,19 @@ inline void few_floats(const Problem& p) {
 }
 
 #if ISOTILE_HAS_BF16_DOT
-// bfloat16 rows and four-bit weights.
+template <int kRows, bool kFourBits>
+ISOTILE_INLINE void dot_pairs(const QuantizedWeight& w, const uint8_t* row, const RowFactors& f, const uint16_t* x,
+                              int64_t ldx, float* sums) {
+  switch (f.per_piece) {
+    case 0: return dot_pairs<kRows, 0, kFourBits>(w, row, f, x, ldx, sums);
+    case 1: return dot_pairs<kRows, 1, kFourBits>(w, row, f, x, ldx, sums);
+    case 2: return dot_pairs<kRows, 2, kFourBits>(w, row, f, x, ldx, sums);
+    default: return dot_pairs<kRows, 4, kFourBits>(w, row, f, x, ldx, sums);
+  }
+}
+
+// Rows of bfloat16.
+template <bool kFourBits>
 inline void few_pairs(const Problem& p) {
   const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m;
   Scratch<uint16_t> rows(m * ld);
@@ -256,6 +317,13 @@ inline void few_pairs(const Problem& p) {
     else
       for (int64_t l = 0; l < p.w.k; ++l) row[l] = x[l * p.x.col].bits;
     for (int64_t l = p.w.k; l < ld; ++l) row[l] = 0;
+  }
+  if (!kFourBits && serves_byte_blocks<PairProducts>(p.w, m)) {
+    Scratch<uint16_t> pieces(m * ld);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t l = 0; l < ld; l += kPiece)
+        __builtin_memcpy(pieces.data() + l * m + i * kPiece, rows.data() + i * ld + l, kPiece * sizeof(uint16_t));
+    return few_bytes<PairProducts>(p, pieces.data(), nullptr, nullptr);
   }
   parallel_for(0, ceil_div(p.w.n, kColumns), most(1, 131072 / (kColumns * ld)), [&](int64_t begin, int64_t end) {
     Scratch<float> c(m * kColumns);
@@ -268,13 +336,7 @@ inline void few_pairs(const Problem& p) {
         by_rows<4>(m, [&](auto count, int64_t r) {
           constexpr int kRows = decltype(count)::value;
           float sums[kRows];
-          const uint16_t* x = rows.data() + r * ld;
-          switch (f.per_piece) {
-            case 0: dot_pairs<kRows, 0>(p.w, row, f, x, ld, sums); break;
-            case 1: dot_pairs<kRows, 1>(p.w, row, f, x, ld, sums); break;
-            case 2: dot_pairs<kRows, 2>(p.w, row, f, x, ld, sums); break;
-            default: dot_pairs<kRows, 4>(p.w, row, f, x, ld, sums);
-          }
+          dot_pairs<kRows, kFourBits>(p.w, row, f, rows.data() + r * ld, ld, sums);
           for (int i = 0; i < kRows; ++i) c[(r + i) * kColumns + j] = sums[i];
         });
       }
@@ -340,20 +402,32 @@ ISOTILE_INLINE void dot_row(const QuantizedWeight& w, const uint8_t* row, const 
 #endif
 }
 
+// Rows of x as integers, a piece of each row [k / 128][m][128]; their sums and scales.
+struct IntegerPieces {
+  int64_t m, ld;
+  Scratch<int8_t> q;
+  Scratch<int32_t> totals;
+  Scratch<float> scales;
+
+  explicit IntegerPieces(const Problem& p)
+      : m(p.m), ld(most(1, ceil_div(p.w.k, kPiece)) * kPiece), q(m * ld), totals(m), scales(m) {
+    Scratch<int8_t> row(ld);
+    for (int64_t i = 0; i < m; ++i) {
+      integer_rows(p, i, 1, row.data(), ld, scales.data() + i);
+      int32_t total = 0;
+      for (int64_t l = 0; l < ld; ++l) total += row[l];
+      totals[i] = total;
+      for (int64_t l = 0; l < ld; l += kPiece) __builtin_memcpy(q.data() + l * m + i * kPiece, row.data() + l, kPiece);
+    }
+  }
+};
+
 template <bool kFourBits, bool kOffsets>
 inline void few_integers(const Problem& p) {
-  const int64_t ld = most(1, ceil_div(p.w.k, kPiece)) * kPiece, m = p.m;
-  Scratch<int8_t> row(ld), q(m * ld);
-  Scratch<int32_t> totals(m), part_sums(sums_of(p.w, m * ld));
-  Scratch<float> scales(m);
-  for (int64_t i = 0; i < m; ++i) {
-    integer_rows(p, i, 1, row.data(), ld, scales.data() + i);
-    int32_t total = 0;
-    for (int64_t l = 0; l < ld; ++l) total += row[l];
-    totals[i] = total;
-    for (int64_t l = 0; l < ld; l += kPiece) __builtin_memcpy(q.data() + l * m + i * kPiece, row.data() + l, kPiece);
-  }
-  if (p.w.groups > 1) sum_parts(p.w, q.data(), m * ld, part_sums.data());
+  const IntegerPieces pieces(p);
+  const int64_t m = p.m, ld = pieces.ld;
+  Scratch<int32_t> part_sums(sums_of(p.w, m * ld));
+  if (p.w.groups > 1) sum_parts(p.w, pieces.q.data(), m * ld, part_sums.data());
   parallel_for(0, ceil_div(p.w.n, kColumns), most(1, 131072 / (kColumns * ld)), [&](int64_t begin, int64_t end) {
     Scratch<float> c(m * kColumns);
     RowFactors f(p.w);
@@ -364,10 +438,11 @@ inline void few_integers(const Problem& p) {
         by_rows<kRowsOfIntegers>(m, [&](auto count, int64_t r) {
           constexpr int kRows = decltype(count)::value;
           float sums[kRows];
-          const IntegerRows x{q.data() + r * kPiece, totals.data() + r, part_sums.data() + r * sums_of(p.w, kPiece),
-                              m * kPiece, sums_of(p.w, m * kPiece)};
+          const IntegerRows x{pieces.q.data() + r * kPiece, pieces.totals.data() + r,
+                              part_sums.data() + r * sums_of(p.w, kPiece),
+                              m * kPiece, sums_of(p.w, m * kPiece), {r == 0, r == 4 || m <= 4}};
           dot_row<kRows, kFourBits, kOffsets>(p.w, p.w.row(j0 + j), f, x, sums);
-          for (int i = 0; i < kRows; ++i) c[(r + i) * kColumns + j] = sums[i] * scales[r + i];
+          for (int i = 0; i < kRows; ++i) c[(r + i) * kColumns + j] = sums[i] * pieces.scales[r + i];
         });
       }
       finish(p.out, c.data(), kColumns, 0, m, j0, cols);
@@ -553,6 +628,11 @@ inline bool served_fast(const Problem& p, bool integers) {
 #else
       p.w.four_bits() ? many_integers<int8_t>(p) : many_integers<int16_t>(p);
 #endif
+#if defined(__AVX512VNNI__)
+    } else if (serves_byte_blocks<ByteProducts>(p.w, p.m)) {
+      const IntegerPieces x(p);
+      few_bytes<ByteProducts>(p, x.q.data(), x.totals.data(), x.scales.data());
+#endif
     } else if (!p.w.four_bits()) few_integers<false, false>(p);
     else if (p.w.has_offsets()) few_integers<true, true>(p);
     else few_integers<true, false>(p);
@@ -562,7 +642,7 @@ inline bool served_fast(const Problem& p, bool integers) {
   if (integers) return false;
 #if ISOTILE_HAS_BF16_DOT
   if (p.m <= few_floats_at_most(p) && p.x.dtype == DType::kBFloat16 && serves_pairs(p.w)) {
-    few_pairs(p);
+    p.w.four_bits() ? few_pairs<true>(p) : few_pairs<false>(p);
     return true;
   }
 #endif

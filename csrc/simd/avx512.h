@@ -367,5 +367,31 @@ ISOTILE_INLINE Vec<float> as_float(Vec<int32_t> a) { return {_mm512_castsi512_ps
 ISOTILE_INLINE Vec<float> scale_by_power_of_two(Vec<float> a, Vec<float> n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 ISOTILE_INLINE void stream_fence() { _mm_sfence(); }
 
+// Lane i: v[i]'s lanes combined, each in the same order.
+template <class Combine>
+ISOTILE_INLINE Vec<float> combine_16(const Vec<float>* v, const Combine& combine) {
+  constexpr __mmask16 kAll = 0xffff;
+  const auto both = [&combine](__m512 a, __m512 b) { return combine(Vec<float>{a}, Vec<float>{b}).v; };
+  __m512 t[8], u[4], w[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[i] = both(_mm512_maskz_unpacklo_ps(kAll, v[2 * i].v, v[2 * i + 1].v),
+                _mm512_maskz_unpackhi_ps(kAll, v[2 * i].v, v[2 * i + 1].v));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(t[2 * i]), y = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = both(_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, x, y)),
+                _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, x, y)));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; ++i) {
+    w[i] = both(_mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0x88),
+                _mm512_maskz_shuffle_f32x4(kAll, u[2 * i], u[2 * i + 1], 0xdd));
+  }
+  return Vec<float>{both(_mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0x88),
+                         _mm512_maskz_shuffle_f32x4(kAll, w[0], w[1], 0xdd))};
+}
+
 }  // namespace ISOTILE_ISA
 }  // namespace isotile
