@@ -53,10 +53,12 @@ struct PairProducts {
 };
 #endif
 
+// Bytes pay where a block is of whole rows, or x would leave the cache: parts of rows reach memory's speed less often.
 template <class Products>
 inline bool serves_byte_blocks(const QuantizedWeight& w, int64_t m) {
+  if (w.four_bits() || w.groups > 1) return false;
   const int64_t bytes = m * w.k * static_cast<int64_t>(sizeof(typename Products::X));
-  return !w.four_bits() && w.groups == 1 && (m > 4 || bytes > l1_cache_bytes() / 3 * 2);
+  return (m > 4 && (Products::kMostRows || bytes <= kBytesOfX)) || bytes > l1_cache_bytes() / 3 * 2;
 }
 
 // sums [kRows][kSideOfBytes][16], in the first of those places: += `length` elements of a row of the weight times kRows
