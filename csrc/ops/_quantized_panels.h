@@ -22,7 +22,7 @@ constexpr int64_t kChunkOfPanel = 4096;     // of k, at most: 128 KB unpacked
 // The zero point that all weights share, or 1: the sums of q are kept that many times larger.
 inline int32_t shared_zero(const QuantizedWeight& w) { return !w.four_bits() ? 128 : w.zeros == nullptr ? 8 : 1; }
 
-// Rows of x as integers: q [m][ld], zeros from k on; sums [groups][m] of q over each group, times shared_zero().
+// Rows of x as integers: q [m][ld], zeros from k on; sums [padded_groups][m] of q over each group, times shared_zero().
 struct QuantizedRows {
   int64_t m;
   const int8_t* q;
@@ -31,11 +31,16 @@ struct QuantizedRows {
   const float* scales;
 };
 
-// The sums of q over each group of the weight, m apart.
+// Groups of whole pieces: those behind the row's end are of zeros.
+inline int64_t padded_groups(const QuantizedWeight& w) {
+  return w.groups == 1 ? 1 : ceil_div(w.k, kPiece) * kPiece / w.group;
+}
+
+// The sums of q over each of padded_groups, m apart.
 inline void sum_groups(const QuantizedWeight& w, const int8_t* q, int64_t m, int32_t* sums) {
   const int64_t padded = ceil_div(w.k, kPiece) * kPiece, length = w.groups == 1 ? padded : w.group;
   const __m256i zero = _mm256_set1_epi8(static_cast<char>(shared_zero(w)));
-  for (int64_t g = 0; g < w.groups; ++g) {
+  for (int64_t g = 0; g < padded_groups(w); ++g) {
     __m256i sum = _mm256_setzero_si256();
     for (int64_t k = g * length; k < least((g + 1) * length, padded); k += 32)
       sum = _mm256_dpbusd_epi32(sum, zero, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + k)));

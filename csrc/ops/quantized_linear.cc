@@ -457,7 +457,7 @@ inline void many_integers(const Problem& p) {
   // Rows a power of two apart compete for the same cache sets.
   const int64_t ld = ceil_div(p.w.k, kPiece) * kPiece + 64, m = p.m, panels = ceil_div(p.w.n, kPanel);
   Scratch<int8_t> rows(m * ld);
-  Scratch<int32_t> sums(m * p.w.groups);
+  Scratch<int32_t> sums(m * padded_groups(p.w));
   Scratch<float> scales(m);
   parallel_for(0, m, most(1, 32768 / ld), [&](int64_t begin, int64_t end) {
     integer_rows(p, begin, end - begin, rows.data() + begin * ld, ld, scales.data() + begin);
