@@ -550,7 +550,7 @@ inline void many_floats(const Problem& p) {
   constexpr bool kMade = ISOTILE_HAS_BF16_DOT && sizeof(T) == 2;  // 64 rows of it at a time, in L1, for each thread
   const int64_t slice = kMade && !dynamic ? w.n : least(w.n, most(64, (int64_t{1} << 21) / ld / 64 * 64));
   Scratch<T> weight(kMade ? 0 : slice * ld), rows(dynamic ? m * ld : 0);
-  Scratch<float> scales(dynamic ? m : 0), sums(dynamic ? m * slice : 0);
+  Scratch<float> scales(dynamic ? m : 0), sums(dynamic ? m * slice + 16 : 0);  // finish() takes whole vectors
   if (dynamic) {
     dispatch_float(p.x.dtype, [&](auto type) {
       using X = typename decltype(type)::type;
