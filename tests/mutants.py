@@ -477,6 +477,16 @@ KERNELS = [
         isa="avx512_bf16",
     ),
     Mutant(
+        "byte_blocks_of_the_first_row",
+        "csrc/ops/quantized_linear.cc",
+        "pieces.data() + l * m + i * kPiece, rows.data() + i * ld + l",
+        "pieces.data() + l * m + i * kPiece, rows.data() + l",
+        "every row of bfloat16 is the first",
+        ("tests/test_quantized_linear.py::test_offsets_and_every_variant_agree_within_the_bound[cpu]",),
+        ("quantized_linear",),
+        isa="avx512_bf16",
+    ),
+    Mutant(
         "quantized_zero_by_the_first_rows_sum",
         "csrc/ops/_quantized_few_rows.h",
         "static_cast<uint32_t>(totals[r])",

@@ -19,11 +19,12 @@ import _copies
 
 FOLDER = _copies.ROOT / "build" / "sanitize"
 SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon")
-#: Every operator's drawn tests on the cpu backend, and the kernels' own.
+#: Every operator's drawn tests on the cpu backend, the kernels' own, and the quantised products' shapes.
 TESTS = (
     "tests/test_ops.py",
     "tests/csrc/test_matmul_kernel.py",
     "tests/csrc/test_attention_kernel.py",
+    "tests/test_quantized_linear.py",
     "-k",
     "not reference",
 )

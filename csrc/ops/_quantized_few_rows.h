@@ -379,7 +379,7 @@ struct IntegerRows {
   const int32_t* totals;
   const int32_t* sums;  // likewise, sums_of(w, 128) for a piece of a row
   int64_t ldq, ldsums;
-  bool fetches[2];  // the halves of a piece of the weight that are asked for ahead, meanwhile
+  bool fetches[2];  // which halves of the weight's pieces of bytes to ask for ahead meanwhile; vpdpbusd only
 
   // What the zero point of a whole row takes off, modulo 2^32.
   ISOTILE_INLINE int32_t less_zero(int r, int32_t zero) const {

@@ -230,7 +230,7 @@ inline void integer_panels(const QuantizedWeight& w, const Epilogue& out, const 
     f.load(w, j0, columns);
     for (int64_t k0 = 0; k0 < padded; k0 += chunk) {
       const int64_t k1 = least(padded, k0 + chunk);
-      // What is unpacked next is fetched while this is, and while the first rows pass over it.
+      // What is unpacked next is fetched while this is, and while the first blocks of rows pass over it.
       const bool more = k1 < padded;
       const int64_t next_j = more ? j0 : j0 + kPanel, next_k = more ? k1 : 0;
       Prefetch prefetch;

@@ -1,10 +1,11 @@
 // y [m, n] = activation(x [m, k] @ weight [n, k].T + bias [n]) + residual [m, n], the weight quantised.
 //
-// Few rows: the weight is read once, row by row, and used in registers (_quantized_few_rows.h). Many rows: integers go
-// through panels or blocks (_quantized_panels.h, _quantized_blocks.h), exact in int32; floats are dequantised and
-// multiplied as `matmul` does, as bfloat16 a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in the
-// caches. any_float and any_integer serve every other call, and batch invariance: they sum each result in an order of
-// its own, whatever the number of rows.
+// Few rows: the weight is read once, row by row, and used in registers (_quantized_few_rows.h), bytes block by block
+// where x is too large for that (_quantized_byte_blocks.h). Many rows: integers go through panels or blocks
+// (_quantized_panels.h, _quantized_blocks.h), exact in int32; floats are dequantised and multiplied as `matmul` does, as
+// bfloat16 a block in L1 at a time (_quantized_bfloat16.h), else a slice that stays in the caches. any_float and
+// any_integer serve every other call, and batch invariance: they sum each result in an order of its own, whatever the
+// number of rows.
 #include "base/parallel.h"
 #include "base/scratch.h"
 #include "ops/_gemm.h"
